@@ -1,0 +1,6 @@
+//! What the node knows of services: one model, filled by sources, read as complete snapshots.
+
+pub mod model;
+pub mod file;
+pub mod vip;
+pub mod store;

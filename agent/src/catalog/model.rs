@@ -1,0 +1,277 @@
+//! The catalog's model: services, instances, intentions, in Consul's terms.
+//!
+//! Sources build a [`Snapshot`]; nobody changes one. It holds no address that Sidestep allocates:
+//! that is [`super::vip`], and the two meet in [`super::store`].
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::{IpAddr, SocketAddr},
+    str::FromStr,
+    sync::Arc,
+};
+
+use serde::{Deserialize, Serialize};
+
+/// Everything one source said at one moment, whole.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Services by name. A service with only a `service-defaults` entry is here too, without instances.
+    pub services: BTreeMap<ServiceName, Service>,
+    /// Intentions in no particular order; [`crate::policy`] sorts them by precedence.
+    pub intentions: Vec<Intention>,
+}
+
+/// A service: what has a virtual address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Service {
+    /// Its name, unique within the snapshot.
+    pub name: ServiceName,
+    /// Instances in the order of their ids.
+    pub instances: Vec<Instance>,
+    /// Addresses given explicitly (`TaggedAddresses.virtual`, `consul-virtual`); empty if Sidestep allocates.
+    pub explicit_addresses: BTreeSet<IpAddr>,
+    /// The ports that answer on every virtual address of the service.
+    pub ports: BTreeSet<u16>,
+    /// From `service-defaults`, or the defaults of that kind.
+    pub defaults: ServiceDefaults,
+}
+
+/// The part of a `service-defaults` config entry that Sidestep honours.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ServiceDefaults {
+    /// `Protocol`; Sidestep carries every protocol as bytes and keeps this for display and later use.
+    pub protocol: Option<String>,
+    /// `MaxInboundConnections`: how many connections one instance takes at once; `None` is unlimited.
+    pub max_inbound_connections: Option<u32>,
+    /// `UpstreamConfig.Defaults.ConnectTimeoutMs` or `LocalConnectTimeoutMs`: the dial to the application.
+    pub local_connect_timeout: Option<std::time::Duration>,
+}
+
+/// One running copy of a service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Instance {
+    /// Consul's service id, unique per node.
+    pub id: InstanceId,
+    /// The node it runs on.
+    pub node: NodeName,
+    /// Where its node takes tunnels for it: the instance's address (or its node's) and the sidecar port.
+    pub tunnel: SocketAddr,
+    /// Where its own node reaches the application (`Proxy.LocalServiceAddress`, `LocalServicePort`).
+    pub local: SocketAddr,
+    /// The port that the instance registered.
+    pub port: u16,
+    /// Tags as registered.
+    pub tags: Vec<String>,
+    /// Meta as registered.
+    pub meta: BTreeMap<String, String>,
+    /// The worst of its checks.
+    pub health: Health,
+    /// `Weights.Passing` and `Weights.Warning`.
+    pub weights: Weights,
+}
+
+impl Instance {
+    /// The share of traffic it asks for at its present health; 0 means: send nothing.
+    pub fn weight(&self) -> u32 {
+        match self.health {
+            Health::Passing => self.weights.passing,
+            Health::Warning => self.weights.warning,
+            Health::Critical => 0,
+        }
+    }
+}
+
+/// A check's status, ordered from good to bad, so that `max` is the worst.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Health {
+    /// `passing`, also when there is no check.
+    #[default]
+    Passing,
+    /// `warning`: still takes traffic.
+    Warning,
+    /// `critical` or `maintenance`: takes none.
+    #[serde(alias = "maintenance")]
+    Critical,
+}
+
+/// Consul's `Weights`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Weights {
+    /// While passing.
+    pub passing: u32,
+    /// While warning.
+    pub warning: u32,
+}
+
+impl Default for Weights {
+    fn default() -> Self {
+        Self {
+            passing: 1,
+            warning: 1,
+        }
+    }
+}
+
+/// May calls from `source` to `destination` be made?
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Intention {
+    /// Who calls.
+    pub source: IntentionMatch,
+    /// Who is called.
+    pub destination: IntentionMatch,
+    /// The answer.
+    pub action: IntentionAction,
+    /// Free text of the author.
+    pub description: String,
+}
+
+/// One side of an intention. A wildcard namespace with an exact name does not exist in Consul.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct IntentionMatch {
+    /// `None` is `*`.
+    pub namespace: Option<Arc<str>>,
+    /// `None` is `*`.
+    pub name: Option<ServiceName>,
+}
+
+/// What an intention answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum IntentionAction {
+    /// The call may be made.
+    Allow,
+    /// The call is refused.
+    Deny,
+}
+
+macro_rules! name_type {
+    ($(#[$doc:meta])* $name:ident, $what:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+        #[serde(transparent)]
+        pub struct $name(Arc<str>);
+
+        impl $name {
+            /// The name as text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Debug::fmt(&self.0, f)
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = NameError;
+
+            fn from_str(text: &str) -> Result<Self, NameError> {
+                check_name($what, text).map(|()| Self(text.into()))
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+                let text = String::deserialize(from)?;
+                text.parse().map_err(serde::de::Error::custom)
+            }
+        }
+    };
+}
+
+name_type!(
+    /// A service's name: 1 to 128 of ASCII letters, digits, `-`, `_`, `.`, beginning with a letter or digit.
+    ServiceName,
+    "service name"
+);
+name_type!(
+    /// A node's name, of the same characters.
+    NodeName,
+    "node name"
+);
+name_type!(
+    /// An instance's id (Consul's service id), of the same characters.
+    InstanceId,
+    "instance id"
+);
+
+/// A name that is none.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error(
+    "{what} {text:?}: expected 1 to 128 characters out of a-z A-Z 0-9 - _ . that begin with a letter or digit"
+)]
+pub struct NameError {
+    what: &'static str,
+    text: String,
+}
+
+fn check_name(what: &'static str, text: &str) -> Result<(), NameError> {
+    let good = text.len() <= 128
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+        && text
+            .bytes()
+            .next()
+            .is_some_and(|b| b.is_ascii_alphanumeric());
+    if good {
+        Ok(())
+    } else {
+        Err(NameError {
+            what,
+            text: text.to_owned(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_checked() {
+        for good in ["web", "db-1", "a.b_c", "9lives"] {
+            assert_eq!(
+                good.parse::<ServiceName>().map(|n| n.to_string()),
+                Ok(good.to_owned())
+            );
+        }
+        for bad in ["", "-web", "we b", "a/b", "é", &"x".repeat(129)] {
+            assert!(bad.parse::<ServiceName>().is_err(), "{bad:?} passed");
+        }
+    }
+
+    #[test]
+    fn only_critical_instances_take_no_traffic() {
+        let weights = Weights {
+            passing: 10,
+            warning: 1,
+        };
+        let instance = |health| Instance {
+            id: "web-1".parse().unwrap(),
+            node: "a".parse().unwrap(),
+            tunnel: ([192, 0, 2, 1], 15443).into(),
+            local: ([127, 0, 0, 1], 8080).into(),
+            port: 8080,
+            tags: vec![],
+            meta: BTreeMap::new(),
+            health,
+            weights,
+        };
+        assert_eq!(instance(Health::Passing).weight(), 10);
+        assert_eq!(instance(Health::Warning).weight(), 1);
+        assert_eq!(instance(Health::Critical).weight(), 0);
+    }
+}

@@ -1,0 +1,85 @@
+//! The agent's tasks: every one is named, counted and ends at shutdown.
+//!
+//! [`Shutdown`] is handed down from [`crate::node`]. Nothing else in the agent spawns.
+
+use std::{fmt::Display, future::Future, time::Duration};
+
+use tokio::task::JoinHandle;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::Instrument as _;
+
+/// Two-step shutdown: `draining` says "take nothing new", `forced` says "end now".
+#[derive(Debug, Clone, Default)]
+pub struct Shutdown {
+    draining: CancellationToken,
+    forced: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl Shutdown {
+    /// Starts `task` under `span_name`; shutdown waits for it. A panic ends the task alone and is logged.
+    #[expect(clippy::disallowed_methods, reason = "the one place that spawns")]
+    pub fn spawn<T: Send + 'static>(
+        &self,
+        name: &'static str,
+        task: impl Future<Output = T> + Send + 'static,
+    ) -> JoinHandle<T> {
+        let span = tracing::debug_span!("task", name);
+        tokio::spawn(self.tasks.track_future(task.instrument(span)))
+    }
+
+    /// Resolves when the agent stops taking new work.
+    pub async fn draining(&self) {
+        self.draining.cancelled().await;
+    }
+
+    /// Whether the agent has stopped taking new work.
+    pub fn is_draining(&self) -> bool {
+        self.draining.is_cancelled()
+    }
+
+    /// Resolves when what is left must end at once.
+    pub async fn forced(&self) {
+        self.forced.cancelled().await;
+    }
+
+    /// Stops new work, waits up to `deadline` for the tasks, then forces them and waits for them to end.
+    ///
+    /// Returns how many tasks the deadline cut.
+    pub async fn run(&self, reason: impl Display, deadline: Duration) -> usize {
+        tracing::info!(%reason, deadline_ms = deadline.as_millis(), "draining started");
+        self.draining.cancel();
+        self.tasks.close();
+        if tokio::time::timeout(deadline, self.tasks.wait())
+            .await
+            .is_ok()
+        {
+            return 0;
+        }
+        let left = self.tasks.len();
+        self.forced.cancel();
+        self.tasks.wait().await;
+        left
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn tasks_that_end_in_time_are_not_cut() {
+        let shutdown = Shutdown::default();
+        let inner = shutdown.clone();
+        shutdown.spawn("short", async move { inner.draining().await });
+        assert_eq!(shutdown.run("test", Duration::from_secs(5)).await, 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn tasks_past_the_deadline_are_forced() {
+        let shutdown = Shutdown::default();
+        let inner = shutdown.clone();
+        shutdown.spawn("long", async move { inner.forced().await });
+        assert_eq!(shutdown.run("test", Duration::from_secs(5)).await, 1);
+    }
+}

@@ -1,0 +1,1 @@
+//! Test support for tests that need a kernel.
