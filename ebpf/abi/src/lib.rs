@@ -1,1 +1,33 @@
-//! What kernel and agent share.
+//! What the kernel programs and the agent share: the layouts of the maps and the decision at `connect()`.
+//!
+//! Deciding is pure, so that the very code which runs in the kernel is tested on the host:
+//! [`classify`] and [`decide`] take what was looked up and say what to do. The programs in
+//! `ebpf/programs` do the looking up and the doing; `agent/src/datapath` fills the maps.
+//! Nothing here may depend on a kernel, a socket or an allocator.
+
+#![cfg_attr(not(test), no_std)]
+#![expect(
+    clippy::inline_always,
+    reason = "the verifier sees one program: a call that is not inlined is one it may not follow"
+)]
+
+pub mod address;
+pub mod maps;
+pub mod decision;
+pub mod verdict;
+#[cfg(feature = "user")]
+mod user;
+
+pub use address::{Address, PortBe};
+pub use decision::{Class, Facts, Found, Ranges, classify, decide, loopback_spread};
+pub use maps::{Config, FlowKey, KnownAddress, Listener, Origin, Refusal, Role, VipKey, VipValue};
+pub use verdict::{FlowEvent, Verdict};
+
+/// Raised with every change of a layout or of its meaning; programs refuse VIPs if it differs.
+pub const ABI_VERSION: u32 = 1;
+
+/// How many slots the per-CPU counter map has: verdicts first, then flow events.
+pub const COUNTERS: u32 = 32;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,161 @@
+//! What happens to a `connect()`, decided from what was looked up.
+
+use crate::{
+    address::{Address, PortBe},
+    maps::{KnownAddress, Listener, VipValue, digest_of, mix},
+    verdict::Verdict,
+};
+
+/// Where virtual addresses come from; what lies in here is never passed on to the network.
+///
+/// 240.0.0.0/4 belongs to it whatever is configured: nothing else answers there.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Ranges {
+    /// Network of the IPv4 range, network byte order.
+    pub v4_network: u32,
+    /// Its mask, network byte order. 0 with a network of 0 is no range.
+    pub v4_mask: u32,
+    /// Network of the IPv6 range.
+    pub v6_network: Address,
+    /// Its mask. All zeros is no range.
+    pub v6_mask: Address,
+}
+
+/// What an address is before anything was looked up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Class {
+    /// The host itself: never looked up, never captured.
+    Loopback,
+    /// In a virtual range: never passed.
+    VipRange,
+    /// Anything else; only a look-up tells whether it is a virtual address.
+    Other,
+}
+
+/// What a look-up gave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Found<T> {
+    /// There is no such key.
+    Absent,
+    /// The value, verified.
+    Value(T),
+    /// The element was recycled under the reader, twice: nothing is known.
+    Torn,
+}
+
+/// Everything that [`decide`] looks at.
+#[derive(Debug, Clone, Copy)]
+pub struct Facts {
+    /// The destination's class.
+    pub class: Class,
+    /// Whether the map `CONFIG` was filled by an agent with our ABI.
+    pub configured: bool,
+    /// Whether the caller runs in the agent's cgroup or below.
+    pub agent: bool,
+    /// `VIPS` at the destination.
+    pub vip: Found<VipValue>,
+    /// `ADDRESSES` at the destination; need not be looked up if `vip` was found.
+    pub address: Found<KnownAddress>,
+    /// `LISTENERS` of the socket's network namespace; need not be looked up if `vip` was not found.
+    pub listener: Found<Listener>,
+}
+
+/// Classifies a destination.
+#[inline(always)]
+pub const fn classify(address: &Address, ranges: &Ranges) -> Class {
+    if address.is_loopback() {
+        return Class::Loopback;
+    }
+    let in_range = match address.v4_word() {
+        Some(word) => in_v4_range(word, ranges),
+        None => in_v6_range(address, ranges),
+    };
+    if in_range {
+        Class::VipRange
+    } else {
+        Class::Other
+    }
+}
+
+#[inline(always)]
+const fn in_v4_range(word: u32, ranges: &Ranges) -> bool {
+    // The broadcast address lies in 240/4 and belongs to the kernel.
+    if word == u32::MAX {
+        return false;
+    }
+    let class_e = u32::from_be(word) >> 28 == 0xf;
+    class_e || (ranges.v4_mask != 0 && word & ranges.v4_mask == ranges.v4_network)
+}
+
+#[inline(always)]
+const fn in_v6_range(address: &Address, ranges: &Ranges) -> bool {
+    let [first, second, third, fourth] = address.words;
+    let [mask1, mask2, mask3, mask4] = ranges.v6_mask.words;
+    let [network1, network2, network3, network4] = ranges.v6_network.words;
+    mask1 != 0
+        && first & mask1 == network1
+        && second & mask2 == network2
+        && third & mask3 == network3
+        && fourth & mask4 == network4
+}
+
+/// Decides about a TCP connect. Other protocols pass before this is asked.
+///
+/// [`Verdict::Captured`] comes only with `vip` and `listener` both [`Found::Value`].
+#[inline(always)]
+pub const fn decide(facts: &Facts) -> Verdict {
+    let in_range = match facts.class {
+        Class::Loopback => return Verdict::PassedLoopback,
+        Class::VipRange => true,
+        Class::Other => false,
+    };
+    if !facts.configured {
+        return if in_range {
+            Verdict::RefusedUnconfigured
+        } else {
+            Verdict::PassedOther
+        };
+    }
+    let target = match (&facts.vip, &facts.address) {
+        (Found::Value(target), _) => Some(target),
+        (Found::Torn, _) | (Found::Absent, Found::Torn) => return Verdict::RefusedTorn,
+        (Found::Absent, Found::Value(_)) => None,
+        (Found::Absent, Found::Absent) if in_range => None,
+        (Found::Absent, Found::Absent) => return Verdict::PassedOther,
+    };
+    if facts.agent {
+        // The agent has no business with a virtual address: it would call itself.
+        return if in_range {
+            Verdict::RefusedAgent
+        } else {
+            Verdict::PassedAgent
+        };
+    }
+    match (target, &facts.address) {
+        (Some(target), _) if target.reachable == 0 => Verdict::RefusedNoEndpoint,
+        (Some(_), _) => match facts.listener {
+            Found::Value(_) => Verdict::Captured,
+            Found::Absent => Verdict::RefusedNetns,
+            Found::Torn => Verdict::RefusedTorn,
+        },
+        (None, Found::Value(_)) => Verdict::RefusedUnknownPort,
+        (None, Found::Absent | Found::Torn) => Verdict::RefusedUnknownVip,
+    }
+}
+
+/// The loopback address that stands for an IPv4 destination: 127.a.b.c with a and c in 1..=254,
+/// in network byte order.
+///
+/// Different destinations get different addresses, so that one source is not held to a single range
+/// of ephemeral ports towards all services together. 127.0.0.0/16, where programs listen, stays free.
+#[inline(always)]
+pub const fn loopback_spread(destination: &Address, port: PortBe) -> u32 {
+    let hash = mix(digest_of(destination), port.0 as u64);
+    let a = 1 + ((hash >> 40) & 0xffff) * 254 / 0x1_0000;
+    let b = (hash >> 32) & 0xff;
+    let c = 1 + ((hash >> 16) & 0xffff) * 254 / 0x1_0000;
+    #[expect(clippy::cast_possible_truncation, reason = "every part is below 256")]
+    let word = ((127 << 24) | (a << 16) | (b << 8) | c) as u32;
+    word.to_be()
+}

@@ -1,0 +1,291 @@
+//! Keys and values of the maps. `repr(C)`, fixed width, padding explicit and zero.
+//!
+//! An element of a kernel hash may be recycled for another key while a program reads it. Every value
+//! of a hash therefore carries a check over its key and its content: programs copy the value to the
+//! stack, verify, and look up once more if that fails.
+
+use crate::address::{Address, PortBe};
+
+/// Key of the map `VIPS`: a virtual address and a port.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct VipKey {
+    /// The virtual address.
+    pub address: Address,
+    /// The port.
+    pub port: PortBe,
+    /// Zero.
+    pub zero: u16,
+}
+
+impl VipKey {
+    /// The key for one destination.
+    #[inline(always)]
+    pub const fn new(address: Address, port: PortBe) -> Self {
+        Self {
+            address,
+            port,
+            zero: 0,
+        }
+    }
+
+    #[inline(always)]
+    const fn digest(&self) -> u64 {
+        mix(digest_of(&self.address), self.port.0 as u64)
+    }
+}
+
+/// Value of the map `VIPS`: whose address it is.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct VipValue {
+    /// The agent's number of the service.
+    pub service: u32,
+    /// 1 if the service has an instance that may be called, 0 if not.
+    pub reachable: u32,
+    /// Seals key and content.
+    pub check: u64,
+}
+
+impl VipValue {
+    /// A value sealed for `key`.
+    #[inline(always)]
+    pub const fn new(key: &VipKey, service: u32, reachable: bool) -> Self {
+        let reachable = reachable as u32;
+        Self {
+            service,
+            reachable,
+            check: Self::seal(key, service, reachable),
+        }
+    }
+
+    /// Whether this value was written for `key` and is whole.
+    #[inline(always)]
+    pub const fn is_for(&self, key: &VipKey) -> bool {
+        self.check == Self::seal(key, self.service, self.reachable)
+    }
+
+    #[inline(always)]
+    const fn seal(key: &VipKey, service: u32, reachable: u32) -> u64 {
+        mix(key.digest(), ((service as u64) << 32) | reachable as u64)
+    }
+}
+
+/// Value of the map `ADDRESSES`: the address belongs to the mesh, on whatever port.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct KnownAddress {
+    /// Seals the key.
+    pub check: u64,
+}
+
+impl KnownAddress {
+    /// A value sealed for `address`.
+    #[inline(always)]
+    pub const fn new(address: &Address) -> Self {
+        Self {
+            check: digest_of(address),
+        }
+    }
+
+    /// Whether this value was written for `address`.
+    #[inline(always)]
+    pub const fn is_for(&self, address: &Address) -> bool {
+        self.check == digest_of(address)
+    }
+}
+
+/// Value of the map `LISTENERS`, keyed by network namespace cookie: where the agent listens there.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Listener {
+    /// Seals key and content.
+    pub check: u64,
+    /// The listeners' port.
+    pub port: PortBe,
+    /// Zero.
+    pub zero: [u16; 3],
+}
+
+impl Listener {
+    /// A value sealed for the namespace with this cookie.
+    #[inline(always)]
+    pub const fn new(netns: u64, port: PortBe) -> Self {
+        Self {
+            check: Self::seal(netns, port),
+            port,
+            zero: [0; 3],
+        }
+    }
+
+    /// Whether this value was written for the namespace with this cookie and is whole.
+    #[inline(always)]
+    pub const fn is_for(&self, netns: u64) -> bool {
+        self.check == Self::seal(netns, self.port)
+    }
+
+    #[inline(always)]
+    const fn seal(netns: u64, port: PortBe) -> u64 {
+        mix(mix(SEED, netns), port.0 as u64)
+    }
+}
+
+/// Key of the map `FLOWS`: a connection as both of its ends know it before it exists.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct FlowKey {
+    /// Cookie of the network namespace.
+    pub netns: u64,
+    /// The connecting side's address.
+    pub source: Address,
+    /// The listener's address.
+    pub destination: Address,
+    /// The connecting side's port, host byte order.
+    pub source_port: u16,
+    /// The listener's port, host byte order.
+    pub destination_port: u16,
+    /// Zero.
+    pub zero: u32,
+}
+
+impl FlowKey {
+    /// Seals an [`Origin`] that is published under this key.
+    #[inline(always)]
+    pub const fn digest(&self) -> u64 {
+        let ports = ((self.source_port as u64) << 16) | self.destination_port as u64;
+        let address = mix(digest_of(&self.source), digest_of(&self.destination));
+        mix(mix(address, self.netns), ports)
+    }
+}
+
+/// Which end of a captured connection a socket is.
+///
+/// Not an enum: it is read from memory which a program may find torn.
+#[repr(transparent)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Role(pub u16);
+
+impl Role {
+    /// The application's socket.
+    pub const CLIENT: Self = Self(1);
+    /// The agent's socket.
+    pub const ACCEPTED: Self = Self(2);
+}
+
+/// Set in [`Origin::flags`] if we switched the socket's state callback on, so that we switch it off.
+pub const STATE_CALLBACK_ARMED: u16 = 1;
+
+/// Value of the map `ORIGINS` (socket storage, both ends) and of `FLOWS`: what was captured and whose it is.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Origin {
+    /// Where the application wanted to go.
+    pub destination: Address,
+    /// Where it was sent instead.
+    pub rewritten: Address,
+    /// The port the application named.
+    pub destination_port: PortBe,
+    /// The listener's port.
+    pub rewritten_port: PortBe,
+    /// The agent's number of the service.
+    pub service: u32,
+    /// Cgroup of the process that called `connect()`.
+    pub cgroup: u64,
+    /// Cookie of the socket's network namespace.
+    pub netns: u64,
+    /// Cookie of the application's socket.
+    pub socket_cookie: u64,
+    /// `CLOCK_MONOTONIC` in nanoseconds when this was written or published.
+    pub stamped_ns: u64,
+    /// In `FLOWS`: seals the key. Else 0.
+    pub check: u64,
+    /// User id in the initial user namespace.
+    pub uid: u32,
+    /// Process id in the initial pid namespace.
+    pub process: u32,
+    /// Interface the application bound the socket to, if it had to be taken off it; else 0.
+    pub bound_device: u32,
+    /// Which end this is.
+    pub role: Role,
+    /// [`STATE_CALLBACK_ARMED`].
+    pub flags: u16,
+}
+
+/// The only value of the map `CONFIG`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Config {
+    /// [`crate::ABI_VERSION`]; 0 until the agent has written the rest.
+    pub abi_version: u32,
+    /// Depth of the agent's cgroup below the root, which is 0.
+    pub agent_cgroup_level: u32,
+    /// Id of the agent's cgroup; what runs in or below it is not captured.
+    pub agent_cgroup: u64,
+    /// Where virtual addresses come from.
+    pub ranges: crate::Ranges,
+    /// 1 to log every decision; only objects built with the feature `log` do.
+    pub debug: u32,
+    /// Zero.
+    pub zero: u32,
+}
+
+/// A record of the ring buffer `REFUSALS`: a connect that was refused.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Refusal {
+    /// Where the application wanted to go.
+    pub destination: Address,
+    /// The port it named.
+    pub destination_port: PortBe,
+    /// Zero.
+    pub zero: u16,
+    /// Slot of the [`crate::Verdict`].
+    pub verdict: u32,
+    /// Cgroup of the process.
+    pub cgroup: u64,
+    /// Cookie of the socket's network namespace.
+    pub netns: u64,
+    /// User id in the initial user namespace.
+    pub uid: u32,
+    /// Process id in the initial pid namespace.
+    pub process: u32,
+    /// The task's name, padded with zeros.
+    pub command: [u8; 16],
+}
+
+const SEED: u64 = 0x51de_57e9_c0de_0001;
+
+/// One step of a multiplicative hash; spreads and detects mix-ups, resists no adversary.
+#[inline(always)]
+pub(crate) const fn mix(state: u64, word: u64) -> u64 {
+    let product = (state ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    product ^ (product >> 29)
+}
+
+/// A digest of an address. Never 0 in practice, so that zeroed memory does not pass as a value.
+#[inline(always)]
+pub(crate) const fn digest_of(address: &Address) -> u64 {
+    let [first, second, third, fourth] = address.words;
+    let upper = mix(SEED, ((first as u64) << 32) | second as u64);
+    mix(upper, ((third as u64) << 32) | fourth as u64)
+}
+
+/// Fails the build if a layout differs from what the other side may have been built with.
+macro_rules! assert_layout {
+    ($($type:ty: $size:literal, $align:literal;)*) => {
+        $(const _: () = assert!(size_of::<$type>() == $size && align_of::<$type>() == $align);)*
+    };
+}
+
+assert_layout! {
+    Address: 16, 4;
+    VipKey: 20, 4;
+    VipValue: 16, 8;
+    KnownAddress: 8, 8;
+    Listener: 16, 8;
+    FlowKey: 48, 8;
+    Origin: 96, 8;
+    crate::Ranges: 40, 4;
+    Config: 64, 8;
+    Refusal: 64, 8;
+}

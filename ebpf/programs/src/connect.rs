@@ -1,0 +1,200 @@
+//! What both families do at `connect()`.
+//!
+//! Every pass either writes or deletes the socket's memory: a socket that once went to a virtual
+//! address and now goes elsewhere must not carry the old destination.
+
+use aya_ebpf::helpers::generated::{bpf_get_current_ancestor_cgroup_id, bpf_ktime_get_ns};
+use sidestep_abi::{
+    ABI_VERSION, Address, Class, Config, Facts, Found, Listener, Origin, PortBe, Role, Verdict,
+    VipKey, VipValue, classify, decide, loopback_spread,
+};
+
+use crate::{
+    context::{LOOPBACK_DEVICE, SockAddr, Socket, fail_with},
+    maps, origins, report,
+};
+
+/// `IPPROTO_TCP`.
+const TCP: u32 = 6;
+/// `IPPROTO_MPTCP`; what goes through connect() is TCP all the same.
+const MPTCP: u32 = 262;
+
+/// What the caller in the program for one family has to do.
+pub enum Step {
+    /// Return 1.
+    Pass,
+    /// Return 0; the errno is set.
+    Refuse,
+    /// Write this destination and return 1.
+    Rewrite(Address, PortBe),
+}
+
+#[inline(always)]
+pub fn handle(context: SockAddr, destination: Address) -> Step {
+    let protocol = context.protocol();
+    if protocol != TCP && protocol != MPTCP {
+        report::count(Verdict::PassedProtocol.slot());
+        return Step::Pass;
+    }
+    let port = context.port();
+    let facts = look_up(context, &destination, port);
+    let mut verdict = decide(&facts);
+    let mut rewritten = None;
+    match (verdict, facts.vip, facts.listener) {
+        (Verdict::Captured, Found::Value(target), Found::Value(listener)) => {
+            match capture(context, &destination, port, &target, &listener) {
+                Ok(address) => rewritten = Some((address, listener.port)),
+                Err(refusal) => verdict = refusal,
+            }
+        }
+        _ => {
+            if let Err(refusal) = let_go(context) {
+                verdict = refusal;
+            }
+        }
+    }
+    report::count(verdict.slot());
+    log(context, verdict);
+    if verdict.is_refusal() {
+        report::refusal(verdict, &destination, port, context.netns());
+        fail_with(verdict.errno());
+        return Step::Refuse;
+    }
+    match rewritten {
+        Some((address, port)) => Step::Rewrite(address, port),
+        None => Step::Pass,
+    }
+}
+
+/// Looks up no more than the decision needs.
+#[inline(always)]
+fn look_up(context: SockAddr, destination: &Address, port: PortBe) -> Facts {
+    let mut facts = Facts {
+        class: Class::Other,
+        configured: false,
+        agent: false,
+        vip: Found::Absent,
+        address: Found::Absent,
+        listener: Found::Absent,
+    };
+    let Some(config) = maps::config() else {
+        // Cannot be: the map has one element. 240/4 stays closed even so.
+        facts.class = classify(destination, &sidestep_abi::Ranges::default());
+        return facts;
+    };
+    facts.configured = config.abi_version == ABI_VERSION;
+    facts.class = classify(destination, &config.ranges);
+    if matches!(facts.class, Class::Loopback) || !facts.configured {
+        return facts;
+    }
+    facts.vip = maps::vip(&VipKey::new(*destination, port));
+    match facts.vip {
+        Found::Value(_) => facts.listener = maps::listener(context.netns()),
+        Found::Absent => facts.address = maps::address(destination),
+        Found::Torn => {}
+    }
+    let is_ours = matches!(facts.class, Class::VipRange)
+        || !matches!((facts.vip, facts.address), (Found::Absent, Found::Absent));
+    facts.agent = is_ours && is_agent(config);
+    facts
+}
+
+#[inline(always)]
+fn is_agent(config: &Config) -> bool {
+    let level = config.agent_cgroup_level as i32;
+    // SAFETY: takes a number; gives 0 if the task is not as deep.
+    let ancestor = unsafe { bpf_get_current_ancestor_cgroup_id(level) };
+    ancestor != 0 && ancestor == config.agent_cgroup
+}
+
+/// Remembers the destination on the socket and says where to send it.
+#[inline(always)]
+fn capture(
+    context: SockAddr,
+    destination: &Address,
+    port: PortBe,
+    target: &VipValue,
+    listener: &Listener,
+) -> Result<Address, Verdict> {
+    let Some(socket) = context.socket() else {
+        return Err(Verdict::RefusedNoSocket);
+    };
+    let rewritten = match destination.v4_word() {
+        Some(_) => Address::from_v4_word(loopback_spread(destination, port)),
+        None => Address::LOOPBACK_V6,
+    };
+    let device = socket.bound_device();
+    let bound_device = if device > LOOPBACK_DEVICE {
+        device
+    } else {
+        remembered_device(socket)
+    };
+    let caller = report::caller();
+    let origin = Origin {
+        destination: *destination,
+        rewritten,
+        destination_port: port,
+        rewritten_port: listener.port,
+        service: target.service,
+        cgroup: caller.cgroup,
+        netns: context.netns(),
+        socket_cookie: context.socket_cookie(),
+        // SAFETY: takes nothing.
+        stamped_ns: unsafe { bpf_ktime_get_ns() },
+        check: 0,
+        uid: caller.uid,
+        process: caller.process,
+        bound_device,
+        role: Role::CLIENT,
+        flags: 0,
+    };
+    if !origins::remember(socket, &origin) {
+        return Err(Verdict::RefusedStorage);
+    }
+    // Loopback addresses cannot be reached through another interface.
+    if device > LOOPBACK_DEVICE && !context.bind_device(LOOPBACK_DEVICE) {
+        origins::forget(socket);
+        return Err(Verdict::RefusedDevice);
+    }
+    Ok(rewritten)
+}
+
+/// Leaves the socket as if it had never been captured.
+#[inline(always)]
+fn let_go(context: SockAddr) -> Result<(), Verdict> {
+    let Some(socket) = context.socket() else {
+        return Ok(());
+    };
+    let device = remembered_device(socket);
+    if device != 0 && !context.bind_device(device) {
+        return Err(Verdict::RefusedDevice);
+    }
+    origins::forget(socket);
+    Ok(())
+}
+
+/// The interface that an earlier capture took the socket off, if it still is off it.
+#[inline(always)]
+fn remembered_device(socket: Socket) -> u32 {
+    if socket.bound_device() != LOOPBACK_DEVICE {
+        return 0;
+    }
+    match origins::of(socket) {
+        Some(origin) if origin.role == Role::CLIENT => origin.bound_device,
+        _ => 0,
+    }
+}
+
+#[cfg(feature = "log")]
+#[inline(always)]
+fn log(context: SockAddr, verdict: Verdict) {
+    let is_on = maps::config().is_some_and(|config| config.debug != 0);
+    if is_on {
+        let context = aya_ebpf::programs::SockAddrContext::new(context.0);
+        aya_log_ebpf::debug!(&context, "connect decided, verdict {}", verdict.slot());
+    }
+}
+
+#[cfg(not(feature = "log"))]
+#[inline(always)]
+fn log(_context: SockAddr, _verdict: Verdict) {}

@@ -1,0 +1,36 @@
+//! The programs that run in the kernel: one file per hook, attached to cgroups.
+//!
+//! A captured connection meets them in this order: [`connect4`] or [`connect6`] remembers where the
+//! application wanted to go and sends it to the agent's listener; [`sock_ops`] hands that memory from
+//! the application's socket to the one which the agent accepts; [`getpeername4`] and [`getpeername6`]
+//! keep the application from seeing the listener; [`getsockopt`] answers `SO_ORIGINAL_DST`.
+//! What is decided stands in `sidestep-abi`, where it is tested. Nothing here picks an instance or
+//! knows an identity: that is the agent's.
+//!
+//! Minimum kernel: 6.1 as built (`bpf_set_retval` in sock_addr programs).
+
+#![no_std]
+#![no_main]
+
+mod connect4;
+mod connect6;
+mod connect;
+mod sock_ops;
+mod getpeername4;
+mod getpeername6;
+mod getsockopt;
+mod origins;
+mod maps;
+mod report;
+mod context;
+
+/// The verifier proves that nothing panics; the language wants a handler all the same.
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+/// The kernel gives the helpers that we use to GPL-compatible programs only; this declares the object as such.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,123 @@
+//! The maps, and looking up in them without being fooled by recycled elements.
+
+use core::{
+    mem::MaybeUninit,
+    ptr::{read_volatile, write_volatile},
+};
+
+use aya_ebpf::{
+    bindings::BPF_F_NO_PREALLOC,
+    btf_maps::SkStorage,
+    macros::{btf_map, map},
+    maps::{Array, HashMap, PerCpuArray, RingBuf},
+};
+use sidestep_abi::{
+    Address, COUNTERS, Config, FlowKey, Found, KnownAddress, Listener, Origin, VipKey, VipValue,
+};
+
+/// Sizes of maps that the agent sets from its configuration when it loads the object.
+const SIZED_BY_AGENT: u32 = 1;
+
+#[map]
+static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
+
+/// Who has a virtual address and port. Written by the agent alone.
+#[map]
+static VIPS: HashMap<VipKey, VipValue> =
+    HashMap::with_max_entries(SIZED_BY_AGENT, BPF_F_NO_PREALLOC);
+
+/// Which addresses are virtual, on whatever port. Written by the agent alone.
+#[map]
+static ADDRESSES: HashMap<Address, KnownAddress> =
+    HashMap::with_max_entries(SIZED_BY_AGENT, BPF_F_NO_PREALLOC);
+
+/// In which network namespaces the agent listens, by their cookie. Written by the agent alone.
+#[map]
+static LISTENERS: HashMap<u64, Listener> = HashMap::with_max_entries(16_384, BPF_F_NO_PREALLOC);
+
+/// Where a socket's application wanted to go; lives and dies with the socket.
+#[btf_map]
+pub static ORIGINS: SkStorage<Origin> = SkStorage::new();
+
+/// Connections between their SYN and their acceptance. Preallocated: taking an element must not
+/// fail for want of memory. Never an LRU: it would drop what is still needed.
+#[map]
+pub static FLOWS: HashMap<FlowKey, Origin> = HashMap::with_max_entries(SIZED_BY_AGENT, 0);
+
+#[map]
+pub static COUNTS: PerCpuArray<u64> = PerCpuArray::with_max_entries(COUNTERS, 0);
+
+/// Refused connects, for the agent's log: 256 KiB hold 3,600 of them.
+#[map]
+pub static REFUSALS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
+
+#[inline(always)]
+pub fn config() -> Option<&'static Config> {
+    CONFIG.get(0)
+}
+
+#[inline(always)]
+pub fn vip(key: &VipKey) -> Found<VipValue> {
+    settle(|| VIPS.get_ptr(key), |value| value.is_for(key))
+}
+
+#[inline(always)]
+pub fn address(address: &Address) -> Found<KnownAddress> {
+    settle(|| ADDRESSES.get_ptr(address), |value| value.is_for(address))
+}
+
+#[inline(always)]
+pub fn listener(netns: u64) -> Found<Listener> {
+    settle(|| LISTENERS.get_ptr(&netns), |value| value.is_for(netns))
+}
+
+#[inline(always)]
+pub fn flow(key: &FlowKey) -> Found<Origin> {
+    settle(|| FLOWS.get_ptr(key), |value| value.check == key.digest())
+}
+
+/// Copies what a look-up found and verifies it; looks up once more if the element was recycled meanwhile.
+#[inline(always)]
+fn settle<T: Copy>(
+    look_up: impl Fn() -> Option<*const T>,
+    is_whole: impl Fn(&T) -> bool,
+) -> Found<T> {
+    let Some(pointer) = look_up() else {
+        return Found::Absent;
+    };
+    let value = snapshot(pointer);
+    if is_whole(&value) {
+        return Found::Value(value);
+    }
+    let Some(pointer) = look_up() else {
+        return Found::Absent;
+    };
+    let value = snapshot(pointer);
+    if is_whole(&value) {
+        Found::Value(value)
+    } else {
+        Found::Torn
+    }
+}
+
+/// Copies a map value to the stack, once. A plain copy may be optimised into later loads from the map.
+#[inline(always)]
+pub fn snapshot<T: Copy>(source: *const T) -> T {
+    const {
+        assert!(
+            size_of::<T>() % 8 == 0 && align_of::<T>() == 8,
+            "copied in words of 8 bytes"
+        )
+    };
+    let mut copy = MaybeUninit::<T>::uninit();
+    let from = source.cast::<u64>();
+    let to = copy.as_mut_ptr().cast::<u64>();
+    let mut word = 0;
+    while word < size_of::<T>() / 8 {
+        // SAFETY: both sides are `T` and `word` stays within; map values are aligned to 8 bytes.
+        unsafe { write_volatile(to.add(word), read_volatile(from.add(word))) };
+        word += 1;
+    }
+    // SAFETY: every word was written; a `T` of the maps has no invalid bit patterns.
+    unsafe { copy.assume_init() }
+}
