@@ -17,5 +17,8 @@ pub mod datapath;
 pub mod config;
 pub mod telemetry;
 pub mod admin;
+pub mod accept;
 pub mod lifecycle;
+pub mod privileges;
+pub mod stable_hash;
 pub mod cli;

@@ -8,12 +8,15 @@ use tokio::task::JoinHandle;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::Instrument as _;
 
-/// Two-step shutdown: `draining` says "take nothing new", `forced` says "end now".
+/// Three steps: `draining` says "take nothing new", `forced` says "end now" to what is left of it, and
+/// `stopped` ends what operators watch the draining with.
 #[derive(Debug, Clone, Default)]
 pub struct Shutdown {
     draining: CancellationToken,
     forced: CancellationToken,
+    stopped: CancellationToken,
     tasks: TaskTracker,
+    services: TaskTracker,
 }
 
 impl Shutdown {
@@ -26,6 +29,25 @@ impl Shutdown {
     ) -> JoinHandle<T> {
         let span = tracing::debug_span!("task", name);
         tokio::spawn(self.tasks.track_future(task.instrument(span)))
+    }
+
+    /// Starts a task that serves operators until [`Self::stopped`]; draining does not wait for it.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "beside `spawn` the one place that spawns"
+    )]
+    pub fn spawn_service(
+        &self,
+        name: &'static str,
+        task: impl Future<Output = ()> + Send + 'static,
+    ) {
+        let span = tracing::debug_span!("service", name);
+        tokio::spawn(self.services.track_future(task.instrument(span)));
+    }
+
+    /// Resolves when nothing is left that operators could watch.
+    pub async fn stopped(&self) {
+        self.stopped.cancelled().await;
     }
 
     /// Resolves when the agent stops taking new work.
@@ -50,15 +72,18 @@ impl Shutdown {
         tracing::info!(%reason, deadline_ms = deadline.as_millis(), "draining started");
         self.draining.cancel();
         self.tasks.close();
+        let mut left = 0;
         if tokio::time::timeout(deadline, self.tasks.wait())
             .await
-            .is_ok()
+            .is_err()
         {
-            return 0;
+            left = self.tasks.len();
+            self.forced.cancel();
+            self.tasks.wait().await;
         }
-        let left = self.tasks.len();
-        self.forced.cancel();
-        self.tasks.wait().await;
+        self.stopped.cancel();
+        self.services.close();
+        self.services.wait().await;
         left
     }
 }

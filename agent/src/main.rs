@@ -1,7 +1,7 @@
-//! The `sidestep` command.
+//! The `sidestep` command. See [`sidestep::cli`].
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    ExitCode::SUCCESS
+    sidestep::cli::main()
 }

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Snapshot {
     /// Services by name. A service with only a `service-defaults` entry is here too, without instances.
-    pub services: BTreeMap<ServiceName, Service>,
+    pub services: BTreeMap<ServiceName, Arc<Service>>,
     /// Intentions in no particular order; [`crate::policy`] sorts them by precedence.
     pub intentions: Vec<Intention>,
 }
@@ -28,7 +28,7 @@ pub struct Service {
     /// Its name, unique within the snapshot.
     pub name: ServiceName,
     /// Instances in the order of their ids.
-    pub instances: Vec<Instance>,
+    pub instances: Vec<Arc<Instance>>,
     /// Addresses given explicitly (`TaggedAddresses.virtual`, `consul-virtual`); empty if Sidestep allocates.
     pub explicit_addresses: BTreeSet<IpAddr>,
     /// The ports that answer on every virtual address of the service.

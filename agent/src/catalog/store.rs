@@ -1,1 +1,225 @@
-//! Not built yet.
+//! The catalog in force: a snapshot together with the addresses and numbers given to its services.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::SystemTime,
+};
+
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+use super::{
+    model::{Service, ServiceName, Snapshot},
+    vip::{VipAllocator, VipProblem},
+};
+use crate::datapath::{ServiceId, VipTarget};
+
+/// One version of the catalog. Immutable: a connection keeps the one it began with.
+#[derive(Debug, Default)]
+pub struct Catalog {
+    /// Counts publications since the agent started; 0 is the empty catalog before the first.
+    pub version: u64,
+    /// When it was published.
+    pub published_at: Option<SystemTime>,
+    /// What the source said.
+    pub snapshot: Snapshot,
+    /// The virtual addresses of each service.
+    pub addresses: BTreeMap<ServiceName, BTreeSet<IpAddr>>,
+    by_destination: HashMap<SocketAddr, Arc<Service>>,
+    ids: HashMap<ServiceName, ServiceId>,
+}
+
+impl Catalog {
+    /// The service that answers at a virtual address and port; v4-mapped addresses are the IPv4 ones.
+    pub fn service_at(&self, destination: SocketAddr) -> Option<&Arc<Service>> {
+        let canonical = SocketAddr::new(destination.ip().to_canonical(), destination.port());
+        self.by_destination.get(&canonical)
+    }
+
+    /// The service of that name.
+    pub fn service(&self, name: &ServiceName) -> Option<&Arc<Service>> {
+        self.snapshot.services.get(name)
+    }
+
+    /// The number by which the kernel knows a service; the same as long as the agent runs.
+    pub fn id_of(&self, name: &ServiceName) -> Option<ServiceId> {
+        self.ids.get(name).copied()
+    }
+
+    /// What the kernel must know: every virtual address and port, whose it is, and whether it can be called.
+    pub fn vip_targets(&self) -> BTreeMap<SocketAddr, VipTarget> {
+        let target = |(destination, service): (&SocketAddr, &Arc<Service>)| {
+            let reachable = service
+                .instances
+                .iter()
+                .any(|instance| instance.weight() > 0);
+            let id = self.id_of(&service.name)?;
+            Some((
+                *destination,
+                VipTarget {
+                    service: id,
+                    reachable,
+                },
+            ))
+        };
+        self.by_destination.iter().filter_map(target).collect()
+    }
+}
+
+/// Publishes catalogs.
+#[derive(Debug)]
+pub struct CatalogStore {
+    current: ArcSwap<Catalog>,
+    version: watch::Sender<u64>,
+    publisher: Mutex<Publisher>,
+}
+
+/// What must outlive a catalog: addresses given and numbers given. One publication at a time.
+#[derive(Debug)]
+struct Publisher {
+    allocator: VipAllocator,
+    ids: HashMap<ServiceName, ServiceId>,
+}
+
+impl CatalogStore {
+    /// Starts with the empty catalog.
+    pub fn new(allocator: VipAllocator) -> Self {
+        Self {
+            current: ArcSwap::default(),
+            version: watch::channel(0).0,
+            publisher: Mutex::new(Publisher {
+                allocator,
+                ids: HashMap::new(),
+            }),
+        }
+    }
+
+    /// Puts a snapshot in force. The problems are about single addresses; the rest holds.
+    pub fn publish(&self, snapshot: Snapshot) -> Vec<VipProblem> {
+        let mut publisher = self.publisher.lock();
+        let now = SystemTime::now();
+        let assigned = publisher.allocator.assign(&snapshot, now);
+        for name in snapshot.services.keys() {
+            // Numbers are not given again: a late connection must not find another service behind one.
+            let next = ServiceId(u32::try_from(publisher.ids.len()).unwrap_or(u32::MAX));
+            publisher.ids.entry(name.clone()).or_insert(next);
+        }
+        let mut by_destination = HashMap::new();
+        for (name, addresses) in &assigned.addresses {
+            let Some(service) = snapshot.services.get(name) else {
+                continue;
+            };
+            for address in addresses {
+                for port in &service.ports {
+                    let destination = SocketAddr::new(address.to_canonical(), *port);
+                    by_destination.insert(destination, Arc::clone(service));
+                }
+            }
+        }
+        let version = self.current.load().version + 1;
+        self.current.store(Arc::new(Catalog {
+            version,
+            published_at: Some(now),
+            snapshot,
+            addresses: assigned.addresses,
+            by_destination,
+            ids: publisher.ids.clone(),
+        }));
+        self.version.send_replace(version);
+        assigned.problems
+    }
+
+    /// The catalog in force.
+    pub fn current(&self) -> Arc<Catalog> {
+        self.current.load_full()
+    }
+
+    /// The version in force, for waiting on the next.
+    pub fn versions(&self) -> watch::Receiver<u64> {
+        self.version.subscribe()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::catalog::{model::ServiceDefaults, vip::VipPools};
+
+    fn store() -> CatalogStore {
+        let pools = VipPools {
+            ipv4: "240.0.0.0/4".parse().unwrap(),
+            ipv6: "fd00::/64".parse().unwrap(),
+        };
+        CatalogStore::new(VipAllocator::new(pools, None, Duration::ZERO).0)
+    }
+
+    fn snapshot(names: &[&str]) -> Snapshot {
+        let service = |name: &&str| {
+            let name: ServiceName = name.parse().unwrap();
+            let service = Service {
+                name: name.clone(),
+                instances: vec![],
+                explicit_addresses: BTreeSet::new(),
+                ports: BTreeSet::from([80, 443]),
+                defaults: ServiceDefaults::default(),
+            };
+            (name, Arc::new(service))
+        };
+        Snapshot {
+            services: names.iter().map(service).collect(),
+            intentions: vec![],
+        }
+    }
+
+    #[test]
+    fn every_address_and_port_leads_to_its_service() {
+        let store = store();
+        assert!(store.publish(snapshot(&["db", "web"])).is_empty());
+        let catalog = store.current();
+        assert_eq!(catalog.vip_targets().len(), 2 * 2 * 2);
+        for (name, addresses) in &catalog.addresses {
+            for address in addresses {
+                let found = catalog.service_at(SocketAddr::new(*address, 443)).unwrap();
+                assert_eq!(found.name, *name);
+                assert!(catalog.service_at(SocketAddr::new(*address, 444)).is_none());
+            }
+        }
+    }
+
+    #[test]
+    fn mapped_addresses_are_the_plain_ones() {
+        let store = store();
+        store.publish(snapshot(&["web"]));
+        let catalog = store.current();
+        let IpAddr::V4(v4) = *catalog
+            .addresses
+            .values()
+            .flatten()
+            .find(|a| a.is_ipv4())
+            .unwrap()
+        else {
+            panic!()
+        };
+        let mapped = SocketAddr::new(IpAddr::V6(v4.to_ipv6_mapped()), 80);
+        assert!(catalog.service_at(mapped).is_some());
+    }
+
+    #[test]
+    fn a_service_keeps_its_number_and_none_is_given_twice() {
+        let store = store();
+        store.publish(snapshot(&["a", "b"]));
+        let b = store.current().id_of(&"b".parse().unwrap());
+        store.publish(snapshot(&["b"]));
+        store.publish(snapshot(&["b", "c"]));
+        let catalog = store.current();
+        assert_eq!(catalog.id_of(&"b".parse().unwrap()), b);
+        let a = catalog.id_of(&"a".parse().unwrap());
+        assert!(a.is_some() && a != catalog.id_of(&"c".parse().unwrap()));
+        assert_eq!(catalog.version, 3);
+    }
+}

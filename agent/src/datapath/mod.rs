@@ -1,1 +1,238 @@
-//! Not built yet.
+//! The kernel's side of capture: programs at `connect()`, their maps, and listeners in namespaces.
+//!
+//! First stage of a connection. [`Datapath`] loads the programs, attaches them to cgroups and keeps
+//! their maps equal to the catalog; [`listener`] opens the sockets that captured connections arrive
+//! at; [`Datapath::captured`] tells what an accepted one was aimed at and who aimed. It knows numbers
+//! of services, not their names, and decides nothing about identity or policy: see [`crate::outbound`].
+
+pub mod bpf;
+pub mod cgroup;
+pub mod listener;
+pub mod netns;
+pub mod probe;
+
+mod error;
+mod events;
+mod load;
+mod reconcile;
+mod types;
+
+pub use error::{DatapathError, MapOperation};
+pub use events::{Refused, RefusedEvents};
+pub use sidestep_abi::{FlowEvent, Verdict};
+pub use types::{
+    Attachment, Captured, CgroupId, DatapathSettings, NetnsCookie, Reconciled, ServiceId,
+    VipRanges, VipTarget,
+};
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
+    path::PathBuf,
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use sidestep_abi::{Config, FlowKey, Listener, Origin, PortBe, Role};
+
+/// The loaded programs and their maps. Dropping it detaches the programs.
+#[derive(Debug)]
+pub struct Datapath {
+    maps: Maps,
+    links: Vec<Link>,
+    /// Reconciling reads, compares and writes: one at a time.
+    reconciling: Mutex<()>,
+    max_vips: u32,
+    refusals: Mutex<Option<events::Ring>>,
+}
+
+/// File descriptors of the maps, named as in `ebpf/programs/src/maps.rs`.
+#[derive(Debug)]
+struct Maps {
+    config: OwnedFd,
+    vips: OwnedFd,
+    addresses: OwnedFd,
+    listeners: OwnedFd,
+    origins: OwnedFd,
+    flows: OwnedFd,
+    counts: OwnedFd,
+}
+
+#[derive(Debug)]
+struct Link {
+    program: &'static str,
+    target: PathBuf,
+    fd: OwnedFd,
+}
+
+impl Datapath {
+    /// Loads the programs into the kernel and attaches them. Minimum kernel: 6.1.
+    ///
+    /// Until [`Self::enrol_netns`] and [`Self::reconcile`] it captures nothing; connects to the
+    /// virtual ranges are refused from here on.
+    ///
+    /// # Errors
+    ///
+    /// [`DatapathError`] names the program, the cgroup, what the kernel said and what to do about it.
+    pub fn load(settings: &DatapathSettings) -> Result<Self, DatapathError> {
+        load::load(settings)
+    }
+
+    /// Makes the maps say what `desired` says, whatever they say now: additions and changes first,
+    /// then deletions.
+    ///
+    /// # Errors
+    ///
+    /// [`DatapathError::TooManyVips`] before anything was changed; [`DatapathError::Map`] if the kernel
+    /// refuses, when a part may have been written. Calling again is always right.
+    pub fn reconcile(
+        &self,
+        desired: &BTreeMap<SocketAddr, VipTarget>,
+    ) -> Result<Reconciled, DatapathError> {
+        let _one_at_a_time = self.reconciling.lock();
+        reconcile::reconcile(&self.maps, desired, self.max_vips)
+    }
+
+    /// What an accepted connection was aimed at and who aimed; `None` if it was not captured, which
+    /// means that somebody connected to the listener itself. One system call.
+    ///
+    /// # Errors
+    ///
+    /// [`DatapathError::Map`] if the kernel refuses to answer.
+    pub fn captured(&self, socket: BorrowedFd<'_>) -> Result<Option<Captured>, DatapathError> {
+        let key = socket.as_raw_fd();
+        let origin = bpf::map_lookup::<i32, Origin>(self.maps.origins.as_fd(), &key)
+            .map_err(|source| DatapathError::map("ORIGINS", MapOperation::Read, source))?;
+        Ok(origin
+            .filter(|origin| origin.role == Role::ACCEPTED)
+            .map(Captured::from))
+    }
+
+    /// Lets processes in this namespace be captured. Call it once the listeners listen.
+    ///
+    /// # Errors
+    ///
+    /// [`DatapathError::Map`] if the kernel refuses, for instance after 16,384 namespaces.
+    pub fn enrol_netns(&self, netns: NetnsCookie, port: u16) -> Result<(), DatapathError> {
+        let value = Listener::new(netns.0, PortBe::from_host(port));
+        bpf::map_update(self.maps.listeners.as_fd(), &netns.0, &value)
+            .map_err(|source| DatapathError::map("LISTENERS", MapOperation::Write, source))
+    }
+
+    /// From now on refuses connects to virtual addresses in this namespace. Returns whether it was enrolled.
+    ///
+    /// # Errors
+    ///
+    /// [`DatapathError::Map`] if the kernel refuses.
+    pub fn dismiss_netns(&self, netns: NetnsCookie) -> Result<bool, DatapathError> {
+        bpf::map_delete(self.maps.listeners.as_fd(), &netns.0)
+            .map_err(|source| DatapathError::map("LISTENERS", MapOperation::Delete, source))
+    }
+
+    /// How often each verdict was given since load, on all CPUs together.
+    ///
+    /// # Errors
+    ///
+    /// [`DatapathError::Map`] if the kernel refuses to answer.
+    pub fn counters(&self) -> Result<Vec<(Verdict, u64)>, DatapathError> {
+        Verdict::ALL
+            .iter()
+            .map(|verdict| Ok((*verdict, self.count(verdict.slot())?)))
+            .collect()
+    }
+
+    /// How often each step of the hand-over happened since load, on all CPUs together.
+    ///
+    /// # Errors
+    ///
+    /// [`DatapathError::Map`] if the kernel refuses to answer.
+    pub fn flow_counters(&self) -> Result<Vec<(FlowEvent, u64)>, DatapathError> {
+        FlowEvent::ALL
+            .iter()
+            .map(|event| Ok((*event, self.count(event.slot())?)))
+            .collect()
+    }
+
+    /// The stream of refused connects. There is one; it must be called within a tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// [`DatapathError::EventsTaken`] the second time, [`DatapathError::Events`] if the runtime refuses
+    /// to watch the ring buffer.
+    pub fn events(&self) -> Result<RefusedEvents, DatapathError> {
+        let ring = self
+            .refusals
+            .lock()
+            .take()
+            .ok_or(DatapathError::EventsTaken)?;
+        RefusedEvents::new(ring).map_err(|source| DatapathError::Events { source })
+    }
+
+    /// Removes published connections that nobody accepted for so long; returns how many.
+    ///
+    /// # Errors
+    ///
+    /// [`DatapathError::Map`] if the kernel refuses.
+    pub fn sweep_flows(&self, older_than: Duration) -> Result<usize, DatapathError> {
+        let failed = |operation| move |source| DatapathError::map("FLOWS", operation, source);
+        let flows = self.maps.flows.as_fd();
+        let limit = bpf::monotonic_now().saturating_sub(older_than);
+        let is_old = |origin: &Origin| Duration::from_nanos(origin.stamped_ns) < limit;
+        let mut swept = 0;
+        for (key, origin) in
+            bpf::map_entries::<FlowKey, Origin>(flows).map_err(failed(MapOperation::Read))?
+        {
+            if !is_old(&origin) {
+                continue;
+            }
+            // The ports may have come to another connection since the listing.
+            let now =
+                bpf::map_lookup::<_, Origin>(flows, &key).map_err(failed(MapOperation::Read))?;
+            if now.is_some_and(|origin| is_old(&origin))
+                && bpf::map_delete(flows, &key).map_err(failed(MapOperation::Delete))?
+            {
+                swept += 1;
+            }
+        }
+        Ok(swept)
+    }
+
+    /// What is attached where.
+    pub fn attachments(&self) -> Vec<Attachment> {
+        let described = |link: &Link| {
+            let info = bpf::link_info(link.fd.as_fd()).ok()?;
+            Some(Attachment {
+                program: link.program,
+                target: link.target.clone(),
+                link_id: info.id,
+                program_id: info.program_id,
+                is_live: info.cgroup_id != 0,
+            })
+        };
+        self.links.iter().filter_map(described).collect()
+    }
+
+    /// Switches the logging of every decision on or off; without effect unless the object was built with logging.
+    ///
+    /// # Errors
+    ///
+    /// [`DatapathError::Map`] if the kernel refuses.
+    pub fn set_debug(&self, on: bool) -> Result<(), DatapathError> {
+        let map = self.maps.config.as_fd();
+        let config = bpf::map_lookup::<u32, Config>(map, &0)
+            .map_err(|source| DatapathError::map("CONFIG", MapOperation::Read, source))?;
+        let changed = Config {
+            debug: u32::from(on),
+            ..config.unwrap_or_default()
+        };
+        bpf::map_update(map, &0_u32, &changed)
+            .map_err(|source| DatapathError::map("CONFIG", MapOperation::Write, source))
+    }
+
+    fn count(&self, slot: u32) -> Result<u64, DatapathError> {
+        bpf::map_lookup_per_cpu(self.maps.counts.as_fd(), &slot)
+            .map(|values| values.iter().sum())
+            .map_err(|source| DatapathError::map("COUNTS", MapOperation::Read, source))
+    }
+}

@@ -1,1 +1,297 @@
-//! Not built yet.
+//! From a tunnel to the application on this node: steps 8 and 9 of the way of a connection.
+//!
+//! [`Inbound::carry`] is the way itself: hello -> target -> handshake -> authorise -> deliver -> relay.
+//! The application is dialled only after the intention allowed it: a denied peer of a server that speaks
+//! first sees no byte, and the server sees no connection.
+
+pub mod deliver;
+pub mod listeners;
+pub mod targets;
+
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use tokio::net::{TcpListener, TcpStream};
+
+use self::{
+    deliver::Deliverer,
+    targets::{Target, Targets},
+};
+use crate::{
+    accept::accept_all,
+    catalog::{model::IntentionAction, store::CatalogStore},
+    connections::{Connection, Connections},
+    identity::{LocalDomain, certificates::Certificates, spiffe::SpiffeId},
+    lifecycle::Shutdown,
+    outbound::{DRAINED, cut_outcome, refuse_at_limit},
+    policy::PolicyStore,
+    relay::{self, Counts, Endpoint as _},
+    telemetry::{
+        Telemetry,
+        log::chain,
+        record::{ConnectionRecord, Direction, Outcome, Side, Stage},
+    },
+    tunnel::{
+        TunnelStream,
+        connect::{Incoming, TunnelError},
+    },
+};
+
+/// What inbound connections need; one per agent.
+#[derive(Debug)]
+pub struct Inbound {
+    /// Services, for the limits of the called one.
+    pub catalog: Arc<CatalogStore>,
+    /// The instances of this node.
+    pub targets: arc_swap::ArcSwap<Targets>,
+    /// Where instances live that have a network namespace of their own.
+    pub namespaces: arc_swap::ArcSwap<Namespaces>,
+    /// Intentions.
+    pub policy: Arc<PolicyStore>,
+    /// One certificate per service of this node.
+    pub certificates: Certificates,
+    /// Dials applications.
+    pub deliverer: Deliverer,
+    /// The table of live connections.
+    pub connections: Arc<Connections>,
+    /// Logs and metrics.
+    pub telemetry: Telemetry,
+    /// Time limits.
+    pub settings: arc_swap::ArcSwap<InboundSettings>,
+    /// Trust domain and datacenter.
+    pub local: LocalDomain,
+    /// The agent's tasks.
+    pub shutdown: Shutdown,
+}
+
+/// Limits of inbound connections.
+#[derive(Debug, Clone, Copy)]
+pub struct InboundSettings {
+    /// From accept to a finished TLS handshake.
+    pub handshake_timeout: Duration,
+    /// TCP connect to the application, unless `service-defaults` says otherwise.
+    pub connect_timeout: Duration,
+    /// End a connection on which nothing moves for this long.
+    pub idle_timeout: Option<Duration>,
+}
+
+/// Which network namespace a local instance lives in, from the `[[workload]]` rules.
+#[derive(Debug, Default)]
+pub struct Namespaces {
+    /// Rules that name a namespace, or `None` for the host's, per service.
+    pub rules: Vec<NamespaceRule>,
+}
+
+/// One `[[workload]]` rule, as far as delivery is concerned.
+#[derive(Debug)]
+pub struct NamespaceRule {
+    /// The rule's service.
+    pub service: crate::catalog::model::ServiceName,
+    /// The rule's instance, if it names one.
+    pub instance: Option<crate::catalog::model::InstanceId>,
+    /// The rule's namespace; `None` for rules of processes in the host's.
+    pub netns: Option<PathBuf>,
+}
+
+impl Namespaces {
+    /// The namespace of an instance: that of the rule which names the instance, else that of its service's
+    /// only rule, else the host's.
+    pub fn of(&self, target: &Target) -> Option<&std::path::Path> {
+        let of_service = || {
+            self.rules
+                .iter()
+                .filter(|rule| rule.service == target.service)
+        };
+        let named = of_service().find(|rule| rule.instance.as_ref() == Some(&target.instance.id));
+        let only = || {
+            let mut unnamed = of_service().filter(|rule| rule.instance.is_none());
+            unnamed.next().filter(|_| unnamed.next().is_none())
+        };
+        named.or_else(only)?.netns.as_deref()
+    }
+}
+
+impl Inbound {
+    /// Serves one tunnel listener until draining starts.
+    pub async fn serve(self: Arc<Self>, listener: TcpListener, port: u16) {
+        let shutdown = self.shutdown.clone();
+        accept_all(listener, "tunnel", &shutdown, |stream, peer| {
+            let Some(slot) = self.connections.admit(Direction::Inbound) else {
+                refuse_at_limit(&self.telemetry, Direction::Inbound, stream, peer);
+                return;
+            };
+            let inbound = Arc::clone(&self);
+            self.shutdown.spawn("inbound connection", async move {
+                inbound.carry(stream, peer, port).await;
+                drop(slot);
+            });
+        })
+        .await;
+    }
+
+    /// Carries one accepted tunnel to its end. Always leaves one access-log line.
+    async fn carry(&self, stream: TcpStream, peer: SocketAddr, port: u16) {
+        let mut record = ConnectionRecord::begin(&self.telemetry, Direction::Inbound);
+        record.peer(peer);
+        let outcome = tokio::select! {
+            biased;
+            () = self.shutdown.forced() => Outcome::Cut(DRAINED.to_owned()),
+            outcome = self.carry_recorded(stream, port, &mut record) => outcome,
+        };
+        record.finish(outcome);
+    }
+
+    async fn carry_recorded(
+        &self,
+        stream: TcpStream,
+        port: u16,
+        record: &mut ConnectionRecord,
+    ) -> Outcome {
+        let settings = **self.settings.load();
+        let (target, source, mut downstream) = match self
+            .handshake(stream, port, settings.handshake_timeout, record)
+            .await
+        {
+            Ok(done) => done,
+            Err(outcome) => return outcome,
+        };
+        record.source(&source, &source.service);
+
+        // Registered before the decision: see `connections`.
+        let counts = Arc::<Counts>::default();
+        record.counts(Arc::clone(&counts));
+        let live = self.connections.register(
+            Direction::Inbound,
+            source.clone(),
+            target.service.clone(),
+            Arc::clone(&counts),
+        );
+        live.connection.carried_by(&target.instance.id);
+        let outcome = match self.authorise(&source, &target, record) {
+            Ok(permit) => {
+                self.deliver_and_relay(permit, &mut downstream, &live.connection, settings)
+                    .await
+            }
+            Err(outcome) => outcome,
+        };
+        if !matches!(outcome, Outcome::Completed) {
+            downstream.abort();
+        }
+        outcome
+    }
+
+    /// Step 8: who is there, proved by a certificate, and which instance is meant.
+    async fn handshake(
+        &self,
+        stream: TcpStream,
+        port: u16,
+        limit: Duration,
+        record: &mut ConnectionRecord,
+    ) -> Result<(Arc<Target>, SpiffeId, TunnelStream), Outcome> {
+        let deadline = tokio::time::Instant::now() + limit;
+        let incoming = Incoming::read_hello(stream, deadline)
+            .await
+            .map_err(handshake_failed)?;
+        let target = self
+            .targets
+            .load()
+            .choose(port, incoming.server_name().as_deref())
+            .map_err(|error| Outcome::Failed {
+                stage: Stage::Route,
+                side: Side::Downstream,
+                error: error.to_string(),
+            })?;
+        record.service(&target.service);
+        record.instance(&target.instance.id);
+        let identity = self.local.identity_of(&target.service);
+        let tls = self
+            .certificates
+            .for_identity(&identity)
+            .await
+            .map_err(|error| Outcome::Failed {
+                stage: Stage::Identity,
+                side: Side::Internal,
+                error: chain(&error).to_string(),
+            })?;
+        let (stream, source) = incoming
+            .handshake(&tls, deadline)
+            .await
+            .map_err(handshake_failed)?;
+        Ok((target, source, stream))
+    }
+
+    /// Step 5 again, on the side of the called: nobody else's decision is trusted.
+    fn authorise<'a>(
+        &self,
+        source: &SpiffeId,
+        target: &'a Target,
+        record: &mut ConnectionRecord,
+    ) -> Result<Permit<'a>, Outcome> {
+        let decision = self.policy.current().decide(source, &target.service);
+        record.decision(decision.reason.to_string());
+        match decision.action {
+            IntentionAction::Deny => Err(Outcome::Denied),
+            IntentionAction::Allow => Ok(Permit { target }),
+        }
+    }
+
+    /// Step 9: dial the application, then carry bytes.
+    async fn deliver_and_relay(
+        &self,
+        Permit { target }: Permit<'_>,
+        downstream: &mut TunnelStream,
+        live: &Connection,
+        settings: InboundSettings,
+    ) -> Outcome {
+        let catalog = self.catalog.current();
+        let defaults = catalog.service(&target.service).map(|s| s.defaults.clone());
+        let defaults = defaults.unwrap_or_default();
+        if let Some(most) = defaults.max_inbound_connections
+            && self.connections.inbound_to(&target.service) > most as usize
+        {
+            return Outcome::Failed {
+                stage: Stage::Deliver,
+                side: Side::Internal,
+                error: format!("{} takes at most {most} connections", target.service),
+            };
+        }
+        let limit = defaults
+            .local_connect_timeout
+            .unwrap_or(settings.connect_timeout);
+        let namespaces = self.namespaces.load();
+        let dial = self
+            .deliverer
+            .dial(target.instance.local, namespaces.of(target), limit);
+        let dialled = tokio::select! {
+            biased;
+            () = live.cut() => return cut_outcome(live),
+            dialled = dial => dialled,
+        };
+        let mut upstream = match dialled {
+            Ok(upstream) => upstream,
+            Err(error) => {
+                return Outcome::Failed {
+                    stage: Stage::Deliver,
+                    side: Side::Upstream,
+                    error: chain(&error).to_string(),
+                };
+            }
+        };
+        let idle = settings.idle_timeout;
+        let end = relay::relay(downstream, &mut upstream, &live.counts, idle, live.cut()).await;
+        Outcome::of_relay(&end, || live.cut_reason().unwrap_or_default())
+    }
+}
+
+/// Proof that the peer may call the target: without it, nothing dials the application.
+struct Permit<'a> {
+    target: &'a Target,
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "for map_err")]
+fn handshake_failed(error: TunnelError) -> Outcome {
+    Outcome::Failed {
+        stage: Stage::Handshake,
+        side: Side::Downstream,
+        error: chain(&error).to_string(),
+    }
+}

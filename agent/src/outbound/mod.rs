@@ -1,1 +1,185 @@
-//! Not built yet.
+//! From a workload's `connect()` on this node to a tunnel: steps 3 to 7 of the way of a connection.
+//!
+//! [`Outbound::carry`] is the way itself; each step takes what the step before returned:
+//! capture -> identify -> destination -> authorise -> open -> relay.
+
+pub mod balance;
+pub mod listeners;
+mod steps;
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use tokio::net::{TcpListener, TcpStream};
+
+use self::balance::{Balancer, Ejection};
+use crate::{
+    accept::accept_all,
+    catalog::store::CatalogStore,
+    connections::Connections,
+    datapath::Datapath,
+    identity::{certificates::Certificates, workload::WorkloadResolver},
+    lifecycle::Shutdown,
+    policy::PolicyStore,
+    relay::{self, Counts, Endpoint as _},
+    telemetry::{
+        Telemetry,
+        record::{ConnectionRecord, Direction, Outcome, Side, Stage},
+    },
+};
+
+/// What outbound connections need; one per agent.
+#[derive(Debug)]
+pub struct Outbound {
+    /// Knows what the eBPF programs recorded.
+    pub datapath: Arc<Datapath>,
+    /// Services and their virtual addresses.
+    pub catalog: Arc<CatalogStore>,
+    /// Which process belongs to which service.
+    pub workloads: Arc<WorkloadResolver>,
+    /// Intentions.
+    pub policy: Arc<PolicyStore>,
+    /// One certificate per workload identity.
+    pub certificates: Certificates,
+    /// Live connections and ejections per instance.
+    pub balancer: Balancer,
+    /// The table of live connections.
+    pub connections: Arc<Connections>,
+    /// Logs and metrics.
+    pub telemetry: Telemetry,
+    /// Time limits and the like.
+    pub settings: arc_swap::ArcSwap<OutboundSettings>,
+    /// Trust domain and datacenter of this node's workloads.
+    pub local: crate::identity::LocalDomain,
+    /// The agent's tasks.
+    pub shutdown: Shutdown,
+}
+
+/// Limits of outbound connections.
+#[derive(Debug, Clone, Copy)]
+pub struct OutboundSettings {
+    /// TCP connect to the instance's node.
+    pub connect_timeout: Duration,
+    /// TLS handshake with it.
+    pub handshake_timeout: Duration,
+    /// End a connection on which nothing moves for this long.
+    pub idle_timeout: Option<Duration>,
+    /// When failing instances are left out.
+    pub ejection: Ejection,
+}
+
+/// Why a connection was cut that outlived `limits.drain_timeout`.
+pub(crate) const DRAINED: &str = "drain deadline";
+
+impl Outbound {
+    /// Serves one capture listener until draining starts.
+    pub async fn serve(self: Arc<Self>, listener: TcpListener) {
+        let shutdown = self.shutdown.clone();
+        accept_all(listener, "capture", &shutdown, |stream, peer| {
+            let Some(slot) = self.connections.admit(Direction::Outbound) else {
+                refuse_at_limit(&self.telemetry, Direction::Outbound, stream, peer);
+                return;
+            };
+            let outbound = Arc::clone(&self);
+            self.shutdown.spawn("outbound connection", async move {
+                outbound.carry(stream, peer).await;
+                drop(slot);
+            });
+        })
+        .await;
+    }
+
+    /// Carries one accepted connection to its end. Always leaves one access-log line.
+    async fn carry(&self, mut downstream: TcpStream, peer: SocketAddr) {
+        let mut record = ConnectionRecord::begin(&self.telemetry, Direction::Outbound);
+        record.peer(peer);
+        let outcome = tokio::select! {
+            biased;
+            () = self.shutdown.forced() => Outcome::Cut(DRAINED.to_owned()),
+            outcome = self.carry_recorded(&mut downstream, &mut record) => outcome,
+        };
+        if !matches!(outcome, Outcome::Completed) {
+            downstream.abort();
+        }
+        record.finish(outcome);
+    }
+
+    async fn carry_recorded(
+        &self,
+        downstream: &mut TcpStream,
+        record: &mut ConnectionRecord,
+    ) -> Outcome {
+        let settings = **self.settings.load();
+        let captured = match self.capture(downstream) {
+            Ok(captured) => captured,
+            Err(outcome) => return outcome,
+        };
+        record.original_destination(captured.destination);
+        let caller = match self.identify(&captured).await {
+            Ok(caller) => caller,
+            Err(outcome) => return outcome,
+        };
+        record.source(&caller.identity, &caller.identity.service);
+        let callee = match self.destination(&captured) {
+            Ok(callee) => callee,
+            Err(outcome) => return outcome,
+        };
+        record.service(&callee.service.name);
+
+        // Registered before the decision: see `connections`.
+        let counts = Arc::<Counts>::default();
+        record.counts(Arc::clone(&counts));
+        let live = self.connections.register(
+            Direction::Outbound,
+            caller.identity.clone(),
+            callee.service.name.clone(),
+            Arc::clone(&counts),
+        );
+        let permit = match self.authorise(&caller, &callee, record) {
+            Ok(permit) => permit,
+            Err(outcome) => return outcome,
+        };
+        let opened = tokio::select! {
+            biased;
+            () = live.connection.cut() => return cut_outcome(&live.connection),
+            opened = self.open(permit, settings, record) => opened,
+        };
+        let (choice, mut upstream) = match opened {
+            Ok(opened) => opened,
+            Err(outcome) => return outcome,
+        };
+        live.connection.carried_by(&choice.instance.id);
+
+        let cut = live.connection.cut();
+        let end = relay::relay(
+            downstream,
+            &mut upstream,
+            &counts,
+            settings.idle_timeout,
+            cut,
+        )
+        .await;
+        Outcome::of_relay(&end, || live.connection.cut_reason().unwrap_or_default())
+    }
+}
+
+/// What a connection ends with that somebody cut.
+pub(crate) fn cut_outcome(connection: &crate::connections::Connection) -> Outcome {
+    Outcome::Cut(connection.cut_reason().unwrap_or_default())
+}
+
+/// Ends a connection above `limits.max_connections`: a reset, not an empty answer.
+pub(crate) fn refuse_at_limit(
+    telemetry: &Telemetry,
+    direction: Direction,
+    mut stream: TcpStream,
+    peer: SocketAddr,
+) {
+    let mut record = ConnectionRecord::begin(telemetry, direction);
+    record.peer(peer);
+    stream.abort();
+    record.finish(Outcome::Failed {
+        stage: Stage::Capture,
+        side: Side::Internal,
+        error: "limits.max_connections reached".to_owned(),
+    });
+}

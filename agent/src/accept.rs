@@ -1,0 +1,62 @@
+//! Taking connections off a listener without ever spinning or giving up.
+
+use std::{future::Future, io, net::SocketAddr, time::Duration};
+
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::{lifecycle::Shutdown, telemetry::log::chain};
+
+/// How long to pause when the process or the host is out of descriptors or memory: the first time, and at most.
+const BACK_OFF: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
+
+/// Accepts until draining starts and hands each connection to `handle`, which must not wait.
+///
+/// Errors of one connection (`ECONNABORTED`) are passed over; exhaustion backs off, doubling up to a second,
+/// for connections that end free what is missing.
+pub async fn accept_all(
+    listener: TcpListener,
+    what: &'static str,
+    shutdown: &Shutdown,
+    mut handle: impl FnMut(TcpStream, SocketAddr),
+) {
+    let mut pause = BACK_OFF.0;
+    while let Some(accepted) = until_draining(shutdown, listener.accept()).await {
+        match accepted {
+            Ok((stream, peer)) => {
+                pause = BACK_OFF.0;
+                handle(stream, peer);
+            }
+            Err(error) if is_of_one_connection(&error) => {}
+            Err(error) => {
+                tracing::warn!(listener = what, error = %chain(&error), "accept failed, backing off");
+                if until_draining(shutdown, tokio::time::sleep(pause))
+                    .await
+                    .is_none()
+                {
+                    return;
+                }
+                pause = pause.saturating_mul(2).min(BACK_OFF.1);
+            }
+        }
+    }
+}
+
+async fn until_draining<T>(shutdown: &Shutdown, work: impl Future<Output = T>) -> Option<T> {
+    tokio::select! {
+        // Shutdown first: a busy listener must not hold up draining.
+        biased;
+        () = shutdown.draining() => None,
+        done = work => Some(done),
+    }
+}
+
+/// accept(2): errors already pending on the new socket are reported by accept and mean that one only.
+fn is_of_one_connection(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionRefused
+            | io::ErrorKind::Interrupted
+    )
+}

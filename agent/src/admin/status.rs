@@ -1,0 +1,151 @@
+//! What the agent says of itself. `sidestep status --json` prints it as it is here: field names are API.
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use serde::{Deserialize, Serialize};
+
+use crate::telemetry::timestamp::Timestamp;
+
+/// The answer to `GET /status`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The agent's version.
+    pub version: String,
+    /// The node's name.
+    pub node: String,
+    /// When the agent started.
+    pub started_at: Timestamp,
+    /// Since then.
+    pub uptime_seconds: u64,
+    /// Whether it takes no new connections because it is shutting down.
+    pub draining: bool,
+    /// The kernel's release.
+    pub kernel: String,
+    /// The programs it holds attached.
+    pub attachments: Vec<AttachmentStatus>,
+    /// Capture verdicts by name, since the programs were loaded.
+    pub capture: BTreeMap<String, u64>,
+    /// The catalog in use.
+    pub catalog: CatalogStatus,
+    /// Every service and where it is called.
+    pub services: Vec<ServiceStatus>,
+    /// Certificates of local workloads.
+    pub certificates: Vec<CertificateStatus>,
+    /// How many connections it carries.
+    pub connections: ConnectionCounts,
+    /// Where it listens.
+    pub listeners: Vec<ListenerStatus>,
+    /// The configured workloads.
+    pub workloads: Vec<WorkloadStatus>,
+}
+
+/// A program on its hook.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttachmentStatus {
+    /// The program's name.
+    pub program: String,
+    /// The cgroup or namespace it is attached to.
+    pub target: String,
+    /// The kernel's link id, as `bpftool link` shows it.
+    pub link_id: u32,
+    /// The kernel's program id, as `bpftool prog` shows it.
+    pub program_id: u32,
+}
+
+/// The catalog in use.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CatalogStatus {
+    /// Its number; rises with every change.
+    pub version: u64,
+    /// How many services it has.
+    pub services: usize,
+    /// How many instances it has.
+    pub instances: usize,
+    /// Since it was read.
+    pub age_seconds: u64,
+    /// What is wrong with its sources: the previous content of what is named here is still in use.
+    pub problems: Vec<String>,
+}
+
+/// A service and where it is called.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceStatus {
+    /// Its name.
+    pub name: String,
+    /// Its virtual addresses.
+    pub addresses: Vec<IpAddr>,
+    /// The ports that answer there.
+    pub ports: Vec<u16>,
+    /// How many instances it has.
+    pub instances: usize,
+    /// How many of them take traffic.
+    pub available: usize,
+}
+
+/// A workload's certificate.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CertificateStatus {
+    /// The SPIFFE id in it.
+    pub identity: String,
+    /// Until when it is good; `None` if there is none yet.
+    pub not_after: Option<Timestamp>,
+    /// When the next one is asked for.
+    pub renew_at: Option<Timestamp>,
+    /// Why the last attempt failed, until one succeeds.
+    pub last_error: Option<String>,
+}
+
+/// How many connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct ConnectionCounts {
+    /// From local workloads.
+    pub live_outbound: usize,
+    /// To local workloads.
+    pub live_inbound: usize,
+    /// The most there may be in each direction.
+    pub limit: usize,
+}
+
+/// Where the agent listens.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListenerStatus {
+    /// What for: `capture`, `tunnel`, `metrics`, `admin`.
+    pub purpose: String,
+    /// The address, or the path of a Unix socket.
+    pub address: String,
+    /// The network namespace, if it is not the agent's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub netns: Option<String>,
+}
+
+/// A configured workload.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkloadStatus {
+    /// The service it is.
+    pub service: String,
+    /// How it is recognised, for example `unit redis.service`.
+    pub rule: String,
+    /// Whether what the rule names exists now.
+    pub present: bool,
+}
+
+/// One live connection: the answer to `GET /connections` is a list of them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ConnectionStatus {
+    /// Its number in this run of the agent.
+    pub id: u64,
+    /// `outbound` or `inbound`.
+    pub direction: String,
+    /// The caller's SPIFFE id.
+    pub source: Option<String>,
+    /// The called service.
+    pub destination: Option<String>,
+    /// The chosen instance.
+    pub instance: Option<String>,
+    /// When it was accepted.
+    pub started: Timestamp,
+    /// Bytes towards the upstream so far.
+    pub bytes_sent: u64,
+    /// Bytes from the upstream so far.
+    pub bytes_received: u64,
+}

@@ -1,0 +1,41 @@
+//! `sidestep run`
+
+use std::{path::Path, process::ExitCode};
+
+use super::{load_config, output};
+use crate::{node, privileges, telemetry::log};
+
+/// Runs the agent. What can be wrong is found before anything starts.
+pub(super) fn run(path: &Path) -> ExitCode {
+    let config = match load_config(path) {
+        Ok(config) => config,
+        Err(code) => return code,
+    };
+    let log = match log::init(&config.telemetry.log, config.telemetry.log_format) {
+        Ok(log) => log,
+        Err(error) => return output::failed(&error),
+    };
+    match privileges::raise_open_files() {
+        Ok(limit) => tracing::debug!(limit, "limit of open files raised"),
+        Err(error) => tracing::warn!(error = %log::chain(&error), "limit of open files not raised"),
+    }
+    // Before other threads exist: they inherit what is left.
+    if let Err(error) = privileges::drop_unneeded() {
+        tracing::warn!(error = %log::chain(&error), "capabilities not dropped");
+    }
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("sidestep")
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => return output::failed(&error),
+    };
+    match runtime.block_on(Box::pin(node::run(path.to_owned(), config, log))) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(error = %log::chain(&error), "the agent did not start");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! `sidestep status`
+
+use std::{path::PathBuf, process::ExitCode, time::SystemTime};
+
+use clap::Args;
+
+use super::{block_on, load_config, output};
+use crate::{
+    admin::{client, status::Status},
+    telemetry::timestamp::Timestamp,
+};
+
+/// How to reach the agent, and how to print.
+#[derive(Debug, Args)]
+pub(super) struct StatusArgs {
+    #[command(flatten)]
+    pub(super) agent: AgentArgs,
+    /// Print JSON.
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+/// Which agent.
+#[derive(Debug, Args)]
+pub(super) struct AgentArgs {
+    /// The agent's admin socket.
+    #[arg(
+        long,
+        value_name = "SOCKET",
+        default_value = "/run/sidestep/admin.sock"
+    )]
+    socket: PathBuf,
+    /// The agent's configuration, which names the socket.
+    #[arg(long, short, value_name = "FILE", conflicts_with = "socket")]
+    config: Option<PathBuf>,
+}
+
+impl AgentArgs {
+    /// The socket to ask at.
+    pub(super) fn socket(&self) -> Result<PathBuf, ExitCode> {
+        match &self.config {
+            None => Ok(self.socket.clone()),
+            Some(path) => load_config(path).map(|config| config.admin.socket),
+        }
+    }
+}
+
+/// Asks for `path` and reads the answer.
+pub(super) fn ask<T: serde::de::DeserializeOwned>(
+    args: &StatusArgs,
+    path: &str,
+) -> Result<T, ExitCode> {
+    let bytes = block_on(client::get(&args.agent.socket()?, path))?
+        .map_err(|error| output::failed(&error))?;
+    serde_json::from_slice(&bytes).map_err(|error| output::failed(&error))
+}
+
+/// Shows what the agent does.
+pub(super) fn status(args: &StatusArgs) -> ExitCode {
+    match ask::<Status>(args, "/status") {
+        Ok(status) if args.json => output::print_json(&status),
+        Ok(status) => output::print(&render(&status)),
+        Err(code) => code,
+    }
+}
+
+fn render(status: &Status) -> String {
+    let mut text = summary(status);
+    sections(status, &mut text);
+    text
+}
+
+fn summary(status: &Status) -> String {
+    let mut text = format!(
+        "sidestep {} on node {}, up {}{}\nkernel {}\n",
+        status.version,
+        status.node,
+        span(status.uptime_seconds),
+        if status.draining { ", draining" } else { "" },
+        status.kernel,
+    );
+    let connections = &status.connections;
+    text.push_str(&format!(
+        "connections: {} outbound, {} inbound (at most {} each)\n",
+        connections.live_outbound, connections.live_inbound, connections.limit
+    ));
+    let catalog = &status.catalog;
+    text.push_str(&format!(
+        "catalog: version {}, {} services, {} instances, published {} ago\n",
+        catalog.version,
+        catalog.services,
+        catalog.instances,
+        span(catalog.age_seconds)
+    ));
+    for problem in &catalog.problems {
+        text.push_str(&format!("  problem: {problem}\n"));
+    }
+    text
+}
+
+fn sections(status: &Status, text: &mut String) {
+    section(
+        text,
+        "services",
+        status.services.iter().map(|service| {
+            let addresses: Vec<String> =
+                service.addresses.iter().map(ToString::to_string).collect();
+            let ports: Vec<String> = service.ports.iter().map(ToString::to_string).collect();
+            let available = format!("{}/{} available", service.available, service.instances);
+            vec![
+                service.name.clone(),
+                addresses.join(" "),
+                format!("ports {}", ports.join(" ")),
+                available,
+            ]
+        }),
+    );
+    section(
+        text,
+        "workloads",
+        status.workloads.iter().map(|workload| {
+            let present = if workload.present { "" } else { "absent" };
+            vec![
+                workload.service.clone(),
+                workload.rule.clone(),
+                present.to_owned(),
+            ]
+        }),
+    );
+    section(
+        text,
+        "certificates",
+        status.certificates.iter().map(|certificate| {
+            let expires = certificate.not_after.map_or_else(
+                || "none yet".to_owned(),
+                |not_after| format!("expires in {}", span(seconds_until(not_after))),
+            );
+            let error = certificate.last_error.clone().unwrap_or_default();
+            vec![certificate.identity.clone(), expires, error]
+        }),
+    );
+    section(
+        text,
+        "listeners",
+        status.listeners.iter().map(|listener| {
+            let netns = listener.netns.clone().unwrap_or_default();
+            vec![listener.purpose.clone(), listener.address.clone(), netns]
+        }),
+    );
+    section(
+        text,
+        "programs",
+        status.attachments.iter().map(|attachment| {
+            let ids = format!(
+                "link {} program {}",
+                attachment.link_id, attachment.program_id
+            );
+            vec![attachment.program.clone(), attachment.target.clone(), ids]
+        }),
+    );
+    let counted = status.capture.iter().filter(|(_, count)| **count > 0);
+    section(
+        text,
+        "connects",
+        counted.map(|(verdict, count)| vec![verdict.clone(), count.to_string()]),
+    );
+}
+
+fn section(text: &mut String, title: &str, rows: impl Iterator<Item = Vec<String>>) {
+    let rows: Vec<Vec<String>> = rows.collect();
+    if rows.is_empty() {
+        return;
+    }
+    text.push_str(&format!("{title}:\n"));
+    for line in output::table(&rows).lines() {
+        text.push_str(&format!("  {line}\n"));
+    }
+}
+
+fn seconds_until(then: Timestamp) -> u64 {
+    then.0
+        .duration_since(SystemTime::now())
+        .unwrap_or_default()
+        .as_secs()
+}
+
+/// A duration in its two largest units.
+fn span(seconds: u64) -> String {
+    let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86_400);
+    match (days, hours, minutes) {
+        (0, 0, 0) => format!("{seconds} s"),
+        (0, 0, _) => format!("{minutes} min {} s", seconds % 60),
+        (0, _, _) => format!("{hours} h {} min", minutes % 60),
+        _ => format!("{days} d {} h", hours % 24),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::span;
+
+    #[test]
+    fn spans_show_two_units() {
+        for (seconds, text) in [
+            (0, "0 s"),
+            (61, "1 min 1 s"),
+            (3_700, "1 h 1 min"),
+            (90_000, "1 d 1 h"),
+        ] {
+            assert_eq!(span(seconds), text);
+        }
+    }
+}

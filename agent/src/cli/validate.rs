@@ -1,0 +1,43 @@
+//! `sidestep validate`
+
+use std::{path::Path, process::ExitCode};
+
+use super::{load_config, output};
+use crate::{
+    catalog::file::{FileSource, Severity},
+    node,
+};
+
+/// Reads configuration and catalog as the agent would, and says what is wrong with them.
+pub(super) fn validate(path: &Path) -> ExitCode {
+    let config = match load_config(path) {
+        Ok(config) => config,
+        Err(code) => return code,
+    };
+    let mut source = FileSource::new(
+        config.catalog.directory.clone(),
+        node::file_context(&config),
+    );
+    let loaded = source.load();
+    let mut wrong = false;
+    for problem in &loaded.problems {
+        wrong |= problem.severity == Severity::Error;
+        output::complain(&problem.to_string());
+    }
+    if wrong {
+        return ExitCode::FAILURE;
+    }
+    let instances: usize = loaded
+        .snapshot
+        .services
+        .values()
+        .map(|s| s.instances.len())
+        .sum();
+    output::print(&format!(
+        "{}: good\n{}: good: {} services, {instances} instances, {} intentions\n",
+        path.display(),
+        config.catalog.directory.display(),
+        loaded.snapshot.services.len(),
+        loaded.snapshot.intentions.len(),
+    ))
+}

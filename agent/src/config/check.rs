@@ -1,0 +1,365 @@
+//! From what the files say to what the agent uses, or everything that is wrong. Touches nothing outside.
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, Ipv4Addr},
+    path::{Component, Path, PathBuf},
+    time::Duration,
+};
+
+use super::{
+    AccessLog, AdminConfig, AgentConfig, CaConfig, CaptureConfig, CatalogConfig, Config,
+    ConfigError, ConfigProblem, IdentityConfig, LimitsConfig, LogFormat, NodeConfig, PolicyConfig,
+    TelemetryConfig, TunnelConfig, WorkloadConfig, WorkloadRule, merge::Merged, raw,
+};
+use crate::catalog::model::NodeName;
+
+/// Collects what is wrong.
+struct Checker<'a> {
+    merged: &'a Merged,
+    problems: Vec<ConfigProblem>,
+}
+
+impl Checker<'_> {
+    fn problem(&mut self, key: impl Into<String>, message: impl Into<String>) {
+        let key = key.into();
+        let file = self.merged.file_of(&key);
+        self.problems.push(ConfigProblem {
+            file,
+            key,
+            message: message.into(),
+        });
+    }
+
+    fn expect(&mut self, good: bool, key: &str, message: impl FnOnce() -> String) {
+        if !good {
+            self.problem(key, message());
+        }
+    }
+
+    fn absolute(&mut self, key: &str, path: &Path) {
+        self.expect(path.is_absolute(), key, || {
+            format!("{:?}: expected an absolute path", path.display())
+        });
+    }
+
+    /// A cgroup as `/proc/PID/cgroup` shows it: absolute below the mount, without `..`.
+    fn cgroup(&mut self, key: &str, path: &Path) {
+        let plain = path
+            .components()
+            .all(|c| matches!(c, Component::RootDir | Component::Normal(_)));
+        self.expect(path.is_absolute() && plain, key, || {
+            format!(
+                "{:?}: expected a cgroup's path below the cgroup2 mount, like \"/system.slice/web.service\"",
+                path.display()
+            )
+        });
+    }
+
+    fn at_least(&mut self, key: &str, span: Duration, least: Duration) {
+        self.expect(span >= least, key, || {
+            format!(
+                "{} ms: expected at least {} ms",
+                span.as_millis(),
+                least.as_millis()
+            )
+        });
+    }
+}
+
+pub(super) fn check(raw: raw::Config, merged: &Merged) -> Result<Config, ConfigError> {
+    let mut checker = Checker {
+        merged,
+        problems: Vec::new(),
+    };
+    let c = &mut checker;
+    let name = node_name(c, raw.node.name);
+    c.absolute("node.state_dir", &raw.node.state_dir);
+    if let Some(cgroup) = &raw.agent.cgroup {
+        c.cgroup("agent.cgroup", cgroup);
+        c.expect(cgroup != Path::new("/"), "agent.cgroup", || {
+            "\"/\": expected a cgroup below the root, of which the agent can be told apart"
+                .to_owned()
+        });
+    }
+    let capture = capture(c, raw.capture);
+    c.absolute("catalog.directory", &raw.catalog.directory);
+    let identity = identity(c, raw.identity);
+    let workloads = workloads(c, raw.workload);
+    let tunnel = tunnel(c, &raw.tunnel, raw.node.address);
+    c.expect(tunnel.port != capture.port, "tunnel.port", || {
+        format!("{}: expected another port than capture.port", tunnel.port)
+    });
+    let limits = limits(c, &raw.limits);
+    let telemetry = telemetry(c, raw.telemetry);
+    c.absolute("admin.socket", &raw.admin.socket);
+
+    match name {
+        Some(name) if checker.problems.is_empty() => Ok(Config {
+            node: NodeConfig {
+                name,
+                address: raw.node.address,
+                datacenter: raw.node.datacenter,
+                state_dir: raw.node.state_dir,
+            },
+            agent: AgentConfig {
+                cgroup: raw.agent.cgroup,
+            },
+            capture,
+            catalog: CatalogConfig {
+                directory: raw.catalog.directory,
+                vip_quarantine: raw.catalog.vip_quarantine.0,
+            },
+            identity,
+            policy: PolicyConfig {
+                default: raw.policy.default,
+            },
+            workloads,
+            tunnel,
+            limits,
+            telemetry,
+            admin: AdminConfig {
+                socket: raw.admin.socket,
+            },
+        }),
+        _ => Err(ConfigError {
+            problems: checker.problems,
+        }),
+    }
+}
+
+fn node_name(c: &mut Checker<'_>, name: Option<NodeName>) -> Option<NodeName> {
+    if name.is_some() {
+        return name;
+    }
+    let host = rustix::system::uname()
+        .nodename()
+        .to_string_lossy()
+        .into_owned();
+    match host.parse() {
+        Ok(name) => Some(name),
+        Err(error) => {
+            c.problem(
+                "node.name",
+                format!("not set, and the host's name does not serve: {error}"),
+            );
+            None
+        }
+    }
+}
+
+fn capture(c: &mut Checker<'_>, raw: raw::Capture) -> CaptureConfig {
+    c.expect(!raw.cgroups.is_empty(), "capture.cgroups", || {
+        "[]: expected at least one cgroup, like [\"/system.slice\"]: only processes below one are captured"
+            .to_owned()
+    });
+    for (index, cgroup) in raw.cgroups.iter().enumerate() {
+        c.cgroup(&format!("capture.cgroups[{index}]"), cgroup);
+        let repeated = raw.cgroups.iter().take(index).any(|other| other == cgroup);
+        c.expect(!repeated, &format!("capture.cgroups[{index}]"), || {
+            format!("{:?}: given twice", cgroup.display())
+        });
+    }
+    c.expect(raw.port != 0, "capture.port", || {
+        "0: expected a port from 1 to 65535".to_owned()
+    });
+    let v4 = raw.ipv4_range;
+    let network = v4.network();
+    let usable = !network.is_loopback() && !network.is_multicast() && !network.is_unspecified();
+    c.expect(
+        usable && (4..=30).contains(&v4.prefix_len()),
+        "capture.ipv4_range",
+        || format!("{v4}: expected a unicast network between /4 and /30, like 240.0.0.0/4"),
+    );
+    let v6 = raw.ipv6_range;
+    let network = v6.network();
+    let usable = !network.is_loopback() && !network.is_multicast() && !network.is_unspecified();
+    c.expect(
+        usable && (8..=120).contains(&v6.prefix_len()),
+        "capture.ipv6_range",
+        || format!("{v6}: expected a unicast network between /8 and /120, like fd00:1:2:3::/64"),
+    );
+    for (key, value) in [
+        ("capture.max_vips", raw.max_vips),
+        ("capture.max_flows", raw.max_flows),
+    ] {
+        c.expect((1..=1 << 24).contains(&value), key, || {
+            format!("{value}: expected 1 to {}", 1 << 24)
+        });
+    }
+    CaptureConfig {
+        cgroups: raw.cgroups,
+        port: raw.port,
+        ipv4_range: v4.trunc(),
+        ipv6_range: v6.trunc(),
+        max_vips: raw.max_vips,
+        max_flows: raw.max_flows,
+        so_original_dst: raw.so_original_dst,
+        debug: raw.debug,
+    }
+}
+
+fn identity(c: &mut Checker<'_>, raw: raw::Identity) -> IdentityConfig {
+    let ca = raw.ca;
+    c.absolute("identity.ca.certificate", &ca.certificate);
+    c.absolute("identity.ca.key", &ca.key);
+    if let Some(path) = &ca.passphrase_file {
+        c.absolute("identity.ca.passphrase_file", path);
+    }
+    for (index, root) in ca.roots.iter().enumerate() {
+        c.absolute(&format!("identity.ca.roots[{index}]"), root);
+    }
+    c.at_least("identity.leaf_ttl", raw.leaf_ttl.0, Duration::from_secs(60));
+    let roots = if ca.roots.is_empty() {
+        vec![ca.certificate.clone()]
+    } else {
+        ca.roots
+    };
+    IdentityConfig {
+        trust_domain: raw.trust_domain,
+        ca: CaConfig {
+            certificate: ca.certificate,
+            key: ca.key,
+            passphrase_file: ca.passphrase_file,
+            roots,
+        },
+        leaf_ttl: raw.leaf_ttl.0,
+    }
+}
+
+fn workloads(c: &mut Checker<'_>, raw: Vec<raw::Workload>) -> Vec<WorkloadConfig> {
+    let mut seen: HashMap<WorkloadRule, usize> = HashMap::new();
+    let mut workloads = Vec::new();
+    for (index, workload) in raw.into_iter().enumerate() {
+        let key = format!("workload[{index}]");
+        let Some(rule) = rule(c, &key, &workload) else {
+            continue;
+        };
+        if let Some(first) = seen.insert(rule.clone(), index) {
+            c.problem(
+                &key,
+                format!("the same rule as workload[{first}]: one process cannot be two services"),
+            );
+        }
+        workloads.push(WorkloadConfig {
+            service: workload.service,
+            instance: workload.instance,
+            rule,
+        });
+    }
+    workloads
+}
+
+fn rule(c: &mut Checker<'_>, key: &str, workload: &raw::Workload) -> Option<WorkloadRule> {
+    let rules: Vec<WorkloadRule> = [
+        workload.cgroup.clone().map(WorkloadRule::Cgroup),
+        workload.unit.clone().map(WorkloadRule::Unit),
+        workload.user.map(WorkloadRule::User),
+        workload.netns.clone().map(WorkloadRule::Netns),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
+    let [rule] = rules.as_slice() else {
+        c.problem(
+            key,
+            format!(
+                "{} rules: expected exactly one of cgroup, unit, user, netns",
+                rules.len()
+            ),
+        );
+        return None;
+    };
+    match rule {
+        WorkloadRule::Cgroup(path) => {
+            c.cgroup(&format!("{key}.cgroup"), path);
+            c.expect(path != Path::new("/"), &format!("{key}.cgroup"), || {
+                "\"/\": expected a cgroup below the root: every process is in the root".to_owned()
+            });
+        }
+        WorkloadRule::Unit(unit) => {
+            let good = !unit.contains('/') && unit.ends_with(".service") && unit.len() > 8;
+            c.expect(good, &format!("{key}.unit"), || {
+                format!("{unit:?}: expected a service unit's name, like \"web.service\"")
+            });
+        }
+        WorkloadRule::User(_) => {}
+        WorkloadRule::Netns(path) => c.absolute(&format!("{key}.netns"), path),
+    }
+    Some(rule.clone())
+}
+
+fn tunnel(c: &mut Checker<'_>, raw: &raw::Tunnel, address: Option<IpAddr>) -> TunnelConfig {
+    c.expect(raw.port != 0, "tunnel.port", || {
+        "0: expected a port from 1 to 65535".to_owned()
+    });
+    let least = Duration::from_millis(10);
+    c.at_least("tunnel.connect_timeout", raw.connect_timeout.0, least);
+    c.at_least("tunnel.handshake_timeout", raw.handshake_timeout.0, least);
+    TunnelConfig {
+        listen: raw
+            .listen
+            .or(address)
+            .unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
+        port: raw.port,
+        connect_timeout: raw.connect_timeout.0,
+        handshake_timeout: raw.handshake_timeout.0,
+    }
+}
+
+fn limits(c: &mut Checker<'_>, raw: &raw::Limits) -> LimitsConfig {
+    // tokio's semaphores hold less than usize::MAX; a node holds far less than this.
+    let most = 10_000_000;
+    c.expect(
+        (1..=most).contains(&raw.max_connections),
+        "limits.max_connections",
+        || format!("{}: expected 1 to {most}", raw.max_connections),
+    );
+    if let Some(idle) = raw.idle_timeout {
+        c.at_least("limits.idle_timeout", idle.0, Duration::from_secs(1));
+    }
+    LimitsConfig {
+        max_connections: raw.max_connections,
+        idle_timeout: raw.idle_timeout.map(|span| span.0),
+        drain_timeout: raw.drain_timeout.0,
+        eject_after: raw.eject_after,
+        eject_for: raw.eject_for.0,
+    }
+}
+
+fn telemetry(c: &mut Checker<'_>, raw: raw::Telemetry) -> TelemetryConfig {
+    let filter: Result<tracing_subscriber::EnvFilter, _> = raw.log.parse();
+    if let Err(error) = filter {
+        c.problem(
+            "telemetry.log",
+            format!(
+                "{:?}: {error}; expected error, warn, info, debug, trace or a filter",
+                raw.log
+            ),
+        );
+    }
+    let access_log = match raw.access_log.as_str() {
+        "off" => AccessLog::Off,
+        "stdout" => AccessLog::Stdout,
+        path => {
+            c.expect(
+                Path::new(path).is_absolute(),
+                "telemetry.access_log",
+                || format!("{path:?}: expected \"off\", \"stdout\" or an absolute path"),
+            );
+            AccessLog::File(PathBuf::from(path))
+        }
+    };
+    TelemetryConfig {
+        metrics: match raw.metrics {
+            raw::Metrics::Off => None,
+            raw::Metrics::At(address) => Some(address),
+        },
+        log: raw.log,
+        log_format: match raw.log_format {
+            raw::LogFormat::Text => LogFormat::Text,
+            raw::LogFormat::Json => LogFormat::Json,
+        },
+        access_log,
+    }
+}

@@ -1,0 +1,316 @@
+//! What the files may say: every key, its type and its default. No check beyond types.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
+
+use ipnet::{Ipv4Net, Ipv6Net};
+use serde::{Deserialize, Deserializer, de::Error as _};
+
+use crate::{
+    catalog::model::{InstanceId, IntentionAction, NodeName, ServiceName},
+    identity::spiffe::TrustDomain,
+};
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Config {
+    #[serde(default)]
+    pub(super) node: Node,
+    #[serde(default)]
+    pub(super) agent: Agent,
+    pub(super) capture: Capture,
+    #[serde(default)]
+    pub(super) catalog: Catalog,
+    pub(super) identity: Identity,
+    #[serde(default)]
+    pub(super) policy: Policy,
+    #[serde(default)]
+    pub(super) workload: Vec<Workload>,
+    #[serde(default)]
+    pub(super) tunnel: Tunnel,
+    #[serde(default)]
+    pub(super) limits: Limits,
+    #[serde(default)]
+    pub(super) telemetry: Telemetry,
+    #[serde(default)]
+    pub(super) admin: Admin,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Node {
+    pub(super) name: Option<NodeName>,
+    pub(super) address: Option<IpAddr>,
+    pub(super) datacenter: String,
+    pub(super) state_dir: PathBuf,
+}
+
+impl Default for Node {
+    fn default() -> Self {
+        Self {
+            name: None,
+            address: None,
+            datacenter: "dc1".to_owned(),
+            state_dir: "/var/lib/sidestep".into(),
+        }
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Agent {
+    pub(super) cgroup: Option<PathBuf>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Capture {
+    pub(super) cgroups: Vec<PathBuf>,
+    #[serde(default = "capture_port")]
+    pub(super) port: u16,
+    #[serde(default = "ipv4_range")]
+    pub(super) ipv4_range: Ipv4Net,
+    #[serde(default = "ipv6_range")]
+    pub(super) ipv6_range: Ipv6Net,
+    #[serde(default = "max_vips")]
+    pub(super) max_vips: u32,
+    #[serde(default = "max_flows")]
+    pub(super) max_flows: u32,
+    #[serde(default)]
+    pub(super) so_original_dst: bool,
+    #[serde(default)]
+    pub(super) debug: bool,
+}
+
+/// The port that Istio and Consul chose for the same purpose.
+fn capture_port() -> u16 {
+    15_001
+}
+
+/// Class E: routed by Linux, used by nobody, and what Consul takes its virtual addresses from.
+fn ipv4_range() -> Ipv4Net {
+    Ipv4Net::new_assert(std::net::Ipv4Addr::new(240, 0, 0, 0), 4)
+}
+
+/// A unique local prefix (RFC 4193) with a random global id.
+fn ipv6_range() -> Ipv6Net {
+    Ipv6Net::new_assert(
+        std::net::Ipv6Addr::new(0xfd6b, 0x9c41, 0x7e52, 0, 0, 0, 0, 0),
+        64,
+    )
+}
+
+fn max_vips() -> u32 {
+    262_144
+}
+
+fn max_flows() -> u32 {
+    65_536
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Catalog {
+    pub(super) directory: PathBuf,
+    pub(super) vip_quarantine: Span,
+}
+
+impl Default for Catalog {
+    fn default() -> Self {
+        Self {
+            directory: "/etc/sidestep/catalog".into(),
+            vip_quarantine: Span(Duration::from_secs(24 * 3600)),
+        }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Identity {
+    #[serde(deserialize_with = "trust_domain")]
+    pub(super) trust_domain: TrustDomain,
+    pub(super) ca: Ca,
+    #[serde(default = "leaf_ttl")]
+    pub(super) leaf_ttl: Span,
+}
+
+fn trust_domain<'de, D: Deserializer<'de>>(from: D) -> Result<TrustDomain, D::Error> {
+    let text = String::deserialize(from)?;
+    text.parse()
+        .map_err(|error| D::Error::custom(crate::telemetry::log::chain(&error)))
+}
+
+fn leaf_ttl() -> Span {
+    Span(Duration::from_secs(24 * 3600))
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Ca {
+    pub(super) certificate: PathBuf,
+    pub(super) key: PathBuf,
+    pub(super) passphrase_file: Option<PathBuf>,
+    /// Empty: the CA certificate itself is the root.
+    #[serde(default)]
+    pub(super) roots: Vec<PathBuf>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Policy {
+    pub(super) default: IntentionAction,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            default: IntentionAction::Deny,
+        }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Workload {
+    pub(super) service: ServiceName,
+    pub(super) instance: Option<InstanceId>,
+    pub(super) cgroup: Option<PathBuf>,
+    pub(super) unit: Option<String>,
+    pub(super) user: Option<u32>,
+    pub(super) netns: Option<PathBuf>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Tunnel {
+    pub(super) listen: Option<IpAddr>,
+    pub(super) port: u16,
+    pub(super) connect_timeout: Span,
+    pub(super) handshake_timeout: Span,
+}
+
+impl Default for Tunnel {
+    fn default() -> Self {
+        Self {
+            listen: None,
+            port: 15_443,
+            connect_timeout: Span(Duration::from_secs(5)),
+            handshake_timeout: Span(Duration::from_secs(10)),
+        }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Limits {
+    pub(super) max_connections: u32,
+    pub(super) idle_timeout: Option<Span>,
+    pub(super) drain_timeout: Span,
+    pub(super) eject_after: u32,
+    pub(super) eject_for: Span,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_connections: 100_000,
+            idle_timeout: None,
+            drain_timeout: Span(Duration::from_secs(30)),
+            eject_after: 3,
+            eject_for: Span(Duration::from_secs(30)),
+        }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Telemetry {
+    pub(super) metrics: Metrics,
+    pub(super) log: String,
+    pub(super) log_format: LogFormat,
+    pub(super) access_log: String,
+}
+
+impl Default for Telemetry {
+    fn default() -> Self {
+        Self {
+            metrics: Metrics::At(SocketAddr::from(([127, 0, 0, 1], 15_020))),
+            log: "info".to_owned(),
+            log_format: LogFormat::Text,
+            access_log: "stdout".to_owned(),
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) enum Metrics {
+    Off,
+    At(SocketAddr),
+}
+
+impl<'de> Deserialize<'de> for Metrics {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        match String::deserialize(from)?.as_str() {
+            "off" => Ok(Self::Off),
+            text => text.parse().map(Self::At).map_err(|_invalid| {
+                D::Error::custom(format!(
+                    "{text:?}: expected \"off\" or an address like \"127.0.0.1:15020\""
+                ))
+            }),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Admin {
+    pub(super) socket: PathBuf,
+}
+
+impl Default for Admin {
+    fn default() -> Self {
+        Self {
+            socket: "/run/sidestep/admin.sock".into(),
+        }
+    }
+}
+
+/// A duration as text: a whole number and one of `ms`, `s`, `m`, `h`, `d`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Span(pub(super) Duration);
+
+impl<'de> Deserialize<'de> for Span {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(from)?;
+        parse_span(&text).map(Self).ok_or_else(|| {
+            D::Error::custom(format!(
+                "{text:?}: expected a duration: a whole number and ms, s, m, h or d, like \"30s\""
+            ))
+        })
+    }
+}
+
+fn parse_span(text: &str) -> Option<Duration> {
+    let digits = text.find(|c: char| !c.is_ascii_digit())?;
+    let (number, unit) = text.split_at_checked(digits)?;
+    let number: u64 = number.parse().ok()?;
+    let millis = match unit {
+        "ms" => 1,
+        "s" => 1000,
+        "m" => 60 * 1000,
+        "h" => 3600 * 1000,
+        "d" => 24 * 3600 * 1000,
+        _ => return None,
+    };
+    number.checked_mul(millis).map(Duration::from_millis)
+}

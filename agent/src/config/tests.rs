@@ -1,0 +1,215 @@
+//! Configuration files and what becomes of them.
+
+use std::fs;
+
+use super::*;
+
+const LEAST: &str = r#"
+[node]
+name = "a"
+[capture]
+cgroups = ["/system.slice"]
+[identity]
+trust_domain = "example.test"
+[identity.ca]
+certificate = "/etc/sidestep/ca/ca.pem"
+key = "/etc/sidestep/ca/ca-key.pem"
+"#;
+
+fn write(main: &str, drop_ins: &[(&str, &str)]) -> (tempfile::TempDir, PathBuf) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("sidestep.toml");
+    fs::write(&path, main).unwrap();
+    for (name, text) in drop_ins {
+        let file = directory.path().join("sidestep.d").join(name);
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(file, text).unwrap();
+    }
+    (directory, path)
+}
+
+fn problems(main: &str) -> Vec<String> {
+    let (_directory, path) = write(main, &[]);
+    let problems = load(&path)
+        .expect_err("a wrong configuration was taken")
+        .problems;
+    problems
+        .iter()
+        .map(|p| format!("{}: {}", p.key, p.message))
+        .collect()
+}
+
+#[test]
+fn defaults_fill_the_least_configuration() {
+    let (_directory, path) = write(LEAST, &[]);
+    let config = load(&path).unwrap();
+    assert_eq!(config.node.name.as_str(), "a");
+    assert_eq!(config.capture.port, 15_001);
+    assert_eq!(config.capture.ipv4_range.to_string(), "240.0.0.0/4");
+    assert_eq!(config.policy.default, IntentionAction::Deny);
+    assert_eq!(
+        config.identity.ca.roots,
+        [PathBuf::from("/etc/sidestep/ca/ca.pem")]
+    );
+    assert_eq!(config.limits.idle_timeout, None);
+}
+
+#[test]
+fn the_shipped_example_is_valid() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/sidestep.toml");
+    load(&path).unwrap();
+}
+
+#[test]
+fn a_problem_names_key_value_and_what_was_expected() {
+    let table = [
+        (
+            "[capture]\ncgroups = []",
+            "capture.cgroups: []: expected at least one cgroup",
+        ),
+        (
+            "[capture]\ncgroups = [\"a/../b\"]",
+            "capture.cgroups[0]: \"a/../b\": expected a cgroup's path",
+        ),
+        ("[capture]\nport = 0", "capture.port: 0: expected a port"),
+        ("[capture]\nport = 70000", "capture.port: "),
+        (
+            "[capture]\nprot = 1",
+            "capture.prot: unknown field `prot`, expected one of",
+        ),
+        (
+            "[capture]\nipv4_range = \"127.0.0.0/8\"",
+            "capture.ipv4_range: 127.0.0.0/8: expected",
+        ),
+        (
+            "[tunnel]\nport = 15001",
+            "tunnel.port: 15001: expected another port than capture.port",
+        ),
+        (
+            "[tunnel]\nconnect_timeout = \"5\"",
+            "tunnel.connect_timeout: \"5\": expected a duration",
+        ),
+        (
+            "[limits]\nmax_connections = 0",
+            "limits.max_connections: 0: expected 1 to",
+        ),
+        ("[telemetry]\nlog = \"=\"", "telemetry.log: \"=\": "),
+        (
+            "[telemetry]\nmetrics = \"here\"",
+            "telemetry.metrics: \"here\": expected \"off\" or an address",
+        ),
+        (
+            "[telemetry]\naccess_log = \"x\"",
+            "telemetry.access_log: \"x\": expected \"off\"",
+        ),
+        (
+            "[identity]\ntrust_domain = \"No Domain\"",
+            "identity.trust_domain: ",
+        ),
+        (
+            "[identity]\nleaf_ttl = \"1s\"",
+            "identity.leaf_ttl: 1000 ms: expected at least",
+        ),
+        (
+            "[agent]\ncgroup = \"/\"",
+            "agent.cgroup: \"/\": expected a cgroup below the root",
+        ),
+        (
+            "[[workload]]\nservice = \"web\"",
+            "workload[0]: 0 rules: expected exactly one",
+        ),
+        (
+            "[[workload]]\nservice = \"web\"\nuser = 1\nnetns = \"/x\"",
+            "workload[0]: 2 rules: expected exactly one",
+        ),
+        (
+            "[[workload]]\nservice = \"web\"\nunit = \"web\"",
+            "workload[0].unit: \"web\": expected a service unit",
+        ),
+        (
+            "[[workload]]\nservice = \"a\"\nuser = 1\n[[workload]]\nservice = \"b\"\nuser = 1",
+            "workload[1]: the same rule as workload[0]",
+        ),
+    ];
+    for (drop_in, expected) in table {
+        let (_directory, path) = write(LEAST, &[("10.toml", drop_in)]);
+        let error = load(&path).expect_err(drop_in);
+        let found: Vec<String> = error
+            .problems
+            .iter()
+            .map(|p| format!("{}: {}", p.key, p.message))
+            .collect();
+        assert!(
+            found.iter().any(|p| p.starts_with(expected)),
+            "{drop_in:?} gave {found:?}"
+        );
+        let files = error
+            .problems
+            .iter()
+            .all(|p| p.file.ends_with("sidestep.d/10.toml"));
+        assert!(files, "{drop_in:?} blamed {:?}", error.problems);
+    }
+}
+
+#[test]
+fn everything_that_is_wrong_is_reported_at_once() {
+    let text = LEAST.replace("[\"/system.slice\"]", "[]\nport = 0");
+    assert_eq!(problems(&text).len(), 2);
+}
+
+#[test]
+fn a_missing_file_and_bad_syntax_are_told() {
+    let missing = load(Path::new("/nonexistent/sidestep.toml"))
+        .unwrap_err()
+        .to_string();
+    assert!(
+        missing.starts_with("/nonexistent/sidestep.toml: cannot be read"),
+        "{missing}"
+    );
+    assert!(problems("[node").first().unwrap().contains("is not TOML"));
+}
+
+#[test]
+fn drop_ins_override_in_order_and_append_workloads() {
+    let workload = |service: &str, user: u32| {
+        format!("[[workload]]\nservice = \"{service}\"\nuser = {user}\n")
+    };
+    let (_directory, path) = write(
+        &format!("{LEAST}{}", workload("web", 1)),
+        &[
+            ("20.toml", "[node]\ndatacenter = \"second\""),
+            (
+                "10.toml",
+                &format!("[node]\ndatacenter = \"first\"\n{}", workload("db", 2)),
+            ),
+            (".hidden.toml", "nonsense"),
+            ("notes.txt", "nonsense"),
+        ],
+    );
+    let config = load(&path).unwrap();
+    assert_eq!(config.node.datacenter, "second");
+    assert_eq!(config.node.name.as_str(), "a");
+    let services: Vec<_> = config
+        .workloads
+        .iter()
+        .map(|w| w.service.as_str())
+        .collect();
+    assert_eq!(services, ["web", "db"]);
+}
+
+#[test]
+fn only_what_cannot_be_reloaded_needs_a_restart() {
+    let (_directory, path) = write(LEAST, &[]);
+    let old = load(&path).unwrap();
+    let changed = |drop_in: &str| {
+        let (_directory, path) = write(LEAST, &[("10.toml", drop_in)]);
+        old.needs_restart(&load(&path).unwrap())
+    };
+    assert_eq!(changed("[policy]\ndefault = \"allow\""), Vec::<&str>::new());
+    assert_eq!(changed("[telemetry]\nlog = \"debug\""), Vec::<&str>::new());
+    assert_eq!(changed("[capture]\nport = 15002"), ["capture"]);
+    assert_eq!(
+        changed("[limits]\nmax_connections = 7"),
+        ["limits.max_connections"]
+    );
+}

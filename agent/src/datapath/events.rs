@@ -1,0 +1,102 @@
+//! Refused connects, as the programs report them through a ring buffer.
+
+use std::{
+    fmt, io,
+    net::SocketAddr,
+    os::fd::{AsRawFd, RawFd},
+};
+
+use aya::maps::{MapData, RingBuf};
+use sidestep_abi::{Refusal, Verdict};
+use tokio::io::unix::AsyncFd;
+
+use super::{CgroupId, NetnsCookie, types::socket_address};
+
+/// A connect that a program refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    /// Where the application wanted to go.
+    pub destination: SocketAddr,
+    /// Why it may not.
+    pub reason: Verdict,
+    /// Cgroup of the process.
+    pub cgroup: CgroupId,
+    /// Network namespace of its socket.
+    pub netns: NetnsCookie,
+    /// Its user id, in the initial user namespace.
+    pub uid: u32,
+    /// Its process id, in the initial pid namespace.
+    pub process: u32,
+    /// The task's name.
+    pub command: String,
+}
+
+/// The stream of refused connects. When it is read too slowly, the programs count what they lose.
+#[derive(Debug)]
+pub struct RefusedEvents {
+    ring: AsyncFd<Ring>,
+}
+
+/// The ring buffer; a type of its own since aya's cannot be shown.
+pub(super) struct Ring(pub(super) RingBuf<MapData>);
+
+impl fmt::Debug for Ring {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Ring")
+    }
+}
+
+impl AsRawFd for Ring {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+impl RefusedEvents {
+    #[expect(
+        deprecated,
+        reason = "the ring buffer keeps its descriptor as long as it lives"
+    )]
+    pub(super) fn new(ring: Ring) -> io::Result<Self> {
+        Ok(Self {
+            ring: AsyncFd::new(ring)?,
+        })
+    }
+
+    /// Waits for the next one. Cancel-safe.
+    ///
+    /// # Errors
+    /// If the runtime cannot watch the ring buffer any more.
+    pub async fn next(&mut self) -> io::Result<Refused> {
+        loop {
+            let mut ready = self.ring.readable_mut().await?;
+            if let Some(item) = ready.get_inner_mut().0.next() {
+                if let Some(refused) = parse(&item) {
+                    return Ok(refused);
+                }
+                continue;
+            }
+            ready.clear_ready();
+        }
+    }
+}
+
+/// `None` for a record of another layout; the programs of this build write none.
+fn parse(bytes: &[u8]) -> Option<Refused> {
+    let words: &[u8; size_of::<Refusal>()] = bytes.get(..size_of::<Refusal>())?.try_into().ok()?;
+    let refusal = Refusal::from_bytes(words);
+    let name = refusal
+        .command
+        .iter()
+        .copied()
+        .take_while(|byte| *byte != 0);
+    Some(Refused {
+        destination: socket_address(&refusal.destination, refusal.destination_port),
+        reason: Verdict::from_slot(refusal.verdict)?,
+        cgroup: CgroupId(refusal.cgroup),
+        netns: NetnsCookie(refusal.netns),
+        uid: refusal.uid,
+        process: refusal.process,
+        command: String::from_utf8_lossy(&name.collect::<Vec<u8>>()).into_owned(),
+    })
+}

@@ -1,0 +1,150 @@
+//! What the rest of the agent says to the datapath and hears from it.
+
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
+
+use ipnet::{Ipv4Net, Ipv6Net};
+use sidestep_abi::{Address, Origin, PortBe, Ranges};
+
+macro_rules! number {
+    ($(#[$doc:meta])* $name:ident($inner:ty)) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name(pub $inner);
+
+        impl fmt::Display for $name {
+            fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Display::fmt(&self.0, formatter)
+            }
+        }
+    };
+}
+
+number! {
+    /// The kernel's id of a version 2 control group: the inode number of its folder.
+    CgroupId(u64)
+}
+number! {
+    /// The kernel's id of a network namespace, never used twice (`SO_NETNS_COOKIE`).
+    NetnsCookie(u64)
+}
+number! {
+    /// The agent's number of a service name, stable while the agent runs.
+    ServiceId(u32)
+}
+
+/// A connection as it was before capture.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Captured {
+    /// Where the application wanted to go.
+    pub destination: SocketAddr,
+    /// Whose address that was at the time.
+    pub service: ServiceId,
+    /// Cgroup of the process that called `connect()`.
+    pub cgroup: CgroupId,
+    /// Network namespace of its socket.
+    pub netns: NetnsCookie,
+    /// Its user id, in the initial user namespace.
+    pub uid: u32,
+    /// Its process id, in the initial pid namespace.
+    pub process: u32,
+    /// The kernel's id of the application's socket.
+    pub socket_cookie: u64,
+}
+
+impl From<Origin> for Captured {
+    fn from(origin: Origin) -> Self {
+        Self {
+            destination: socket_address(&origin.destination, origin.destination_port),
+            service: ServiceId(origin.service),
+            cgroup: CgroupId(origin.cgroup),
+            netns: NetnsCookie(origin.netns),
+            uid: origin.uid,
+            process: origin.process,
+            socket_cookie: origin.socket_cookie,
+        }
+    }
+}
+
+/// Whose a virtual address and port is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VipTarget {
+    /// The service.
+    pub service: ServiceId,
+    /// Whether it has an instance that may be called; if not, connects are refused in the kernel.
+    pub reachable: bool,
+}
+
+/// What to load, and where to attach it.
+#[derive(Debug, Clone)]
+pub struct DatapathSettings {
+    /// Cgroups whose processes are captured, absolute paths; one below another is covered by that.
+    pub cgroups: Vec<PathBuf>,
+    /// The agent's own cgroup, absolute path; what runs in or below it is not captured.
+    pub agent_cgroup: PathBuf,
+    /// Where virtual addresses come from; an unknown one of these is unreachable.
+    pub vip_ranges: VipRanges,
+    /// How many virtual addresses and ports there may be.
+    pub max_vips: u32,
+    /// How many connections may be between their SYN and their acceptance.
+    pub max_flows: u32,
+    /// Whether to answer `SO_ORIGINAL_DST` on the agent's sockets.
+    pub so_original_dst: bool,
+    /// Whether to log every decision, if the object was built with logging.
+    pub debug: bool,
+}
+
+/// The ranges that virtual addresses are taken from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VipRanges {
+    /// For IPv4. 240.0.0.0/4 belongs to it in any case.
+    pub ipv4: Ipv4Net,
+    /// For IPv6.
+    pub ipv6: Ipv6Net,
+}
+
+impl From<VipRanges> for Ranges {
+    fn from(ranges: VipRanges) -> Self {
+        let v6 = |address| Address::from_ip(IpAddr::V6(address));
+        Self {
+            v4_network: ranges.ipv4.network().to_bits().to_be(),
+            v4_mask: ranges.ipv4.netmask().to_bits().to_be(),
+            v6_network: v6(ranges.ipv6.network()),
+            v6_mask: v6(ranges.ipv6.netmask()),
+        }
+    }
+}
+
+/// What [`super::Datapath::reconcile`] changed, in destinations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Reconciled {
+    /// New ones.
+    pub added: usize,
+    /// Those with another service or reachability.
+    pub changed: usize,
+    /// Those gone.
+    pub removed: usize,
+}
+
+/// A program attached to a cgroup.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attachment {
+    /// The program's name in the kernel.
+    pub program: &'static str,
+    /// The cgroup.
+    pub target: PathBuf,
+    /// The kernel's id of the link.
+    pub link_id: u32,
+    /// The kernel's id of the program.
+    pub program_id: u32,
+    /// Whether the cgroup still exists; a link outlives it without effect.
+    pub is_live: bool,
+}
+
+/// From the form of the maps; IPv4-mapped becomes IPv4.
+pub(super) fn socket_address(address: &Address, port: PortBe) -> SocketAddr {
+    SocketAddr::new(address.to_ip(), port.to_host())
+}

@@ -1,0 +1,362 @@
+//! The certificates of this node's services: issued on first use, renewed in time, kept in memory.
+//!
+//! Each identity has one task, its keeper, which is the only one that asks the [`CertificateProvider`].
+//! Callers read what the keeper published. A leaf that could not be renewed serves until it expires; after
+//! that [`Certificates::for_identity`] is an error, and there is no other way to open a tunnel.
+
+mod schedule;
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use parking_lot::Mutex;
+use tokio::{
+    sync::watch,
+    time::{sleep, timeout},
+};
+
+pub use schedule::Jitter;
+
+use super::{
+    clock::Clock,
+    provider::{CertificateProvider, IssueError, TrustBundle},
+    spiffe::SpiffeId,
+    workload_tls::WorkloadTls,
+};
+use crate::{lifecycle::Shutdown, telemetry::log::chain};
+
+/// How long the provider may take for one certificate. The built-in CA takes under a millisecond.
+const ISSUE_DEADLINE: Duration = Duration::from_secs(10);
+
+/// The longest that a keeper sleeps before it reads the clock again: the time of day may have jumped, and
+/// the monotonic clock stands still while the machine is suspended.
+const LONGEST_SLEEP: Duration = Duration::from_secs(60);
+
+/// The certificates in use on this node. Clones share them.
+#[derive(Clone)]
+pub struct Certificates {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    provider: Arc<dyn CertificateProvider>,
+    clock: Arc<dyn Clock>,
+    jitter: Jitter,
+    shutdown: Shutdown,
+    slots: Mutex<HashMap<SpiffeId, watch::Receiver<Slot>>>,
+}
+
+/// What the keeper of one identity last published.
+#[derive(Debug, Clone, Default)]
+struct Slot {
+    current: Option<Arc<WorkloadTls>>,
+    renew_at: Option<SystemTime>,
+    last_error: Option<Arc<IssueError>>,
+}
+
+impl Certificates {
+    /// Issues nothing yet. Keepers end when `shutdown` does.
+    pub fn new(
+        provider: Arc<dyn CertificateProvider>,
+        clock: Arc<dyn Clock>,
+        jitter: Jitter,
+        shutdown: Shutdown,
+    ) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                provider,
+                clock,
+                jitter,
+                shutdown,
+                slots: Mutex::default(),
+            }),
+        }
+    }
+
+    /// The certificate of `identity`, valid now, and the roots of now.
+    ///
+    /// Waits only for the first issuance, which concurrent callers share. Cancel-safe: the issuance goes on.
+    ///
+    /// # Errors
+    /// [`CertificateError::NotIssued`] if there never was one and the last attempt failed,
+    /// [`CertificateError::Expired`] if it could not be renewed in time,
+    /// [`CertificateError::ShuttingDown`] if there is none and the agent drains.
+    pub async fn for_identity(
+        &self,
+        identity: &SpiffeId,
+    ) -> Result<Arc<WorkloadTls>, CertificateError> {
+        let mut slot = self.slot(identity);
+        loop {
+            {
+                let seen = slot.borrow_and_update();
+                if let Some(answer) = seen.answer(identity, self.shared.clock.now()) {
+                    return answer;
+                }
+            }
+            if slot.changed().await.is_err() {
+                return Err(CertificateError::ShuttingDown {
+                    identity: identity.clone(),
+                });
+            }
+        }
+    }
+
+    /// Stops keeping the certificates of identities that `wanted` does not name. Using one again issues anew.
+    pub fn retain(&self, wanted: impl Fn(&SpiffeId) -> bool) {
+        // The keeper notices that nobody listens to it any more.
+        self.shared
+            .slots
+            .lock()
+            .retain(|identity, _| wanted(identity));
+    }
+
+    /// Every certificate kept, in the order of identities.
+    pub fn status(&self) -> Vec<CertificateStatus> {
+        let slots = self.shared.slots.lock();
+        let mut status: Vec<_> = slots
+            .iter()
+            .map(|(identity, slot)| slot.borrow().status(identity))
+            .collect();
+        drop(slots);
+        status.sort_by(|a, b| a.identity.cmp(&b.identity));
+        status
+    }
+
+    fn slot(&self, identity: &SpiffeId) -> watch::Receiver<Slot> {
+        let mut slots = self.shared.slots.lock();
+        if let Some(slot) = slots.get(identity) {
+            return slot.clone();
+        }
+        let (publish, slot) = watch::channel(Slot::default());
+        slots.insert(identity.clone(), slot.clone());
+        drop(slots);
+        let keeper = Keeper {
+            identity: identity.clone(),
+            shared: Arc::clone(&self.shared),
+            publish,
+            roots: self.shared.provider.roots(),
+            failures: 0,
+        };
+        // Not waited for when draining: it ends when everything that needs certificates has.
+        self.shared
+            .shutdown
+            .spawn_service("certificate", keeper.run());
+        slot
+    }
+}
+
+impl fmt::Debug for Certificates {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Certificates")
+            .field("provider", &self.shared.provider)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Slot {
+    /// What to tell a caller, or `None` while the first attempt is under way.
+    fn answer(
+        &self,
+        identity: &SpiffeId,
+        now: SystemTime,
+    ) -> Option<Result<Arc<WorkloadTls>, CertificateError>> {
+        let identity = || identity.clone();
+        match (&self.current, &self.last_error) {
+            (Some(tls), _) if now < tls.not_after() => Some(Ok(Arc::clone(tls))),
+            (Some(tls), source) => Some(Err(CertificateError::Expired {
+                identity: identity(),
+                not_after: tls.not_after().into(),
+                source: source.clone(),
+            })),
+            (None, Some(source)) => Some(Err(CertificateError::NotIssued {
+                identity: identity(),
+                source: Arc::clone(source),
+            })),
+            (None, None) => None,
+        }
+    }
+
+    fn status(&self, identity: &SpiffeId) -> CertificateStatus {
+        CertificateStatus {
+            identity: identity.clone(),
+            not_after: self.current.as_ref().map(|tls| tls.not_after()),
+            renew_at: self.renew_at,
+            last_error: self.last_error.clone(),
+        }
+    }
+}
+
+/// The state of one certificate, for `sidestep status` and metrics.
+#[derive(Debug, Clone)]
+pub struct CertificateStatus {
+    /// Whose it is.
+    pub identity: SpiffeId,
+    /// When the leaf in use expires; `None` if there never was one.
+    pub not_after: Option<SystemTime>,
+    /// When it is to be renewed, or the next attempt is made.
+    pub renew_at: Option<SystemTime>,
+    /// Why the last attempt failed; `None` if it did not.
+    pub last_error: Option<Arc<IssueError>>,
+}
+
+/// Why there is no certificate to use.
+#[derive(Debug, thiserror::Error)]
+pub enum CertificateError {
+    /// None was issued yet.
+    #[error("no certificate could be issued for {identity}")]
+    NotIssued {
+        /// Whose.
+        identity: SpiffeId,
+        /// Of the last attempt; the next one follows by itself.
+        source: Arc<IssueError>,
+    },
+    /// The last one ran out.
+    #[error("the certificate of {identity} expired at {not_after} and could not be renewed")]
+    Expired {
+        /// Whose.
+        identity: SpiffeId,
+        /// When it expired.
+        not_after: time::OffsetDateTime,
+        /// Of the last attempt; `None` if the clock jumped and the first is under way.
+        source: Option<Arc<IssueError>>,
+    },
+    /// The agent ends and issues no more.
+    #[error("the agent is shutting down and has no certificate for {identity}")]
+    ShuttingDown {
+        /// Whose.
+        identity: SpiffeId,
+    },
+}
+
+/// Issues and renews the certificate of one identity.
+struct Keeper {
+    identity: SpiffeId,
+    shared: Arc<Shared>,
+    publish: watch::Sender<Slot>,
+    roots: watch::Receiver<Arc<TrustBundle>>,
+    failures: u32,
+}
+
+impl Keeper {
+    async fn run(mut self) {
+        let mut roots_live = true;
+        let mut due = self.renew().await;
+        loop {
+            let wait = due
+                .duration_since(self.shared.clock.now())
+                .unwrap_or_default();
+            tokio::select! {
+                // Shutdown first: nothing is issued once the agent ends.
+                biased;
+                () = self.shared.shutdown.stopped() => return,
+                () = self.publish.closed() => return,
+                changed = self.roots.changed(), if roots_live => {
+                    // A provider that ended keeps its last roots; do not spin on it.
+                    roots_live = changed.is_ok();
+                    if roots_live && !self.take_roots() {
+                        due = self.renew().await;
+                    }
+                }
+                () = sleep(wait.min(LONGEST_SLEEP)) => {
+                    if self.shared.clock.now() >= due {
+                        due = self.renew().await;
+                    }
+                }
+            }
+        }
+    }
+
+    /// One attempt. Returns when the next is due.
+    async fn renew(&mut self) -> SystemTime {
+        let bundle = Arc::clone(&self.roots.borrow_and_update());
+        match self.issue(bundle).await {
+            Ok(tls) => {
+                self.failures = 0;
+                let renew_at =
+                    schedule::renew_at(tls.not_before(), tls.not_after(), &self.shared.jitter);
+                tracing::info!(
+                    identity = %self.identity,
+                    not_after = %time::OffsetDateTime::from(tls.not_after()),
+                    "certificate issued"
+                );
+                self.publish.send_replace(Slot {
+                    current: Some(Arc::new(tls)),
+                    renew_at: Some(renew_at),
+                    last_error: None,
+                });
+                renew_at
+            }
+            Err(error) => self.failed(error),
+        }
+    }
+
+    async fn issue(&self, bundle: Arc<TrustBundle>) -> Result<WorkloadTls, IssueError> {
+        let leaf = timeout(ISSUE_DEADLINE, self.shared.provider.issue(&self.identity))
+            .await
+            .unwrap_or(Err(IssueError::Timeout {
+                after: ISSUE_DEADLINE,
+            }))?;
+        WorkloadTls::new(
+            self.identity.clone(),
+            &leaf,
+            bundle,
+            Arc::clone(&self.shared.clock),
+        )
+        .map_err(|source| IssueError::Unusable { source })
+    }
+
+    fn failed(&mut self, error: IssueError) -> SystemTime {
+        self.failures = self.failures.saturating_add(1);
+        let now = self.shared.clock.now();
+        let left = self
+            .publish
+            .borrow()
+            .current
+            .as_ref()
+            .map(|tls| tls.not_after().duration_since(now).unwrap_or_default());
+        let wait = schedule::retry_after(self.failures, left, &self.shared.jitter);
+        tracing::warn!(
+            identity = %self.identity,
+            error = %chain(&error),
+            attempts = self.failures,
+            retry_ms = wait.as_millis(),
+            "certificate not issued"
+        );
+        let due = now + wait;
+        self.publish.send_modify(|slot| {
+            slot.renew_at = Some(due);
+            slot.last_error = Some(Arc::new(error));
+        });
+        due
+    }
+
+    /// Puts the leaf in use under the new roots. False if it has to be renewed because none of them signed it.
+    ///
+    /// It serves on until then: peers that still have the old root accept it.
+    fn take_roots(&mut self) -> bool {
+        let bundle = Arc::clone(&self.roots.borrow_and_update());
+        let Some(current) = self.publish.borrow().current.clone() else {
+            return false;
+        };
+        match current.with_roots(bundle) {
+            Ok(tls) => {
+                let reaches_a_root = tls.check_own_chain().is_ok();
+                self.publish
+                    .send_modify(|slot| slot.current = Some(Arc::new(tls)));
+                tracing::info!(identity = %self.identity, reaches_a_root, "roots changed");
+                reaches_a_root
+            }
+            Err(error) => {
+                tracing::error!(identity = %self.identity, error = %chain(&error), "new roots refused");
+                true
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

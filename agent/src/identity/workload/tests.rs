@@ -1,0 +1,201 @@
+//! Tests of the resolver and its rules.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
+use super::*;
+use crate::config::WorkloadRule;
+
+const HOST: NetnsCookie = NetnsCookie(1);
+const CONTAINER: NetnsCookie = NetnsCookie(77);
+
+fn rule(service: &str, rule: WorkloadRule) -> WorkloadConfig {
+    WorkloadConfig {
+        service: service.parse().unwrap(),
+        rule,
+        instance: None,
+    }
+}
+
+fn cgroup(service: &str, path: &str) -> WorkloadConfig {
+    rule(service, WorkloadRule::Cgroup(path.into()))
+}
+
+fn unit(service: &str, name: &str) -> WorkloadConfig {
+    rule(service, WorkloadRule::Unit(name.into()))
+}
+
+fn captured(cgroup: u64, netns: NetnsCookie, uid: u32) -> Captured {
+    Captured {
+        destination: ([192, 0, 2, 1], 80).into(),
+        service: crate::datapath::ServiceId(1),
+        cgroup: CgroupId(cgroup),
+        netns,
+        uid,
+        process: 4711,
+        socket_cookie: 9,
+    }
+}
+
+/// What a process in `path` resolves to.
+fn resolve(rules: &[WorkloadConfig], path: &str, uid: u32) -> Option<String> {
+    let path = PathBuf::from(path);
+    let resolver = WorkloadResolver::new(rules, move |_| Some(path.clone())).unwrap();
+    let service = resolver.resolve(&captured(5, HOST, uid)).ok()?;
+    Some(service.to_string())
+}
+
+#[track_caller]
+fn check(rules: &[WorkloadConfig], path: &str, expected: Option<&str>) {
+    assert_eq!(resolve(rules, path, 0).as_deref(), expected, "{path}");
+}
+
+#[test]
+fn the_most_specific_cgroup_wins_and_children_belong_to_it() {
+    let rules = [
+        cgroup("outer", "/a"),
+        cgroup("inner", "a/b/"),
+        cgroup("other", "/x"),
+    ];
+    check(&rules, "/a", Some("outer"));
+    check(&rules, "/a/c", Some("outer"));
+    check(&rules, "/a/b", Some("inner"));
+    check(&rules, "/a/b/c/d", Some("inner"));
+    check(&rules, "/ab", None);
+    check(&rules, "/", None);
+}
+
+#[test]
+fn units_match_only_below_slices() {
+    let rules = [
+        unit("web", "web"),
+        unit("job", "job@1.service"),
+        unit("all", "apps.slice"),
+    ];
+    check(&rules, "/system.slice/web.service", Some("web"));
+    check(&rules, "/system.slice/web.service/worker", Some("web"));
+    check(&rules, "/apps.slice/apps-a.slice/web.service", Some("web"));
+    check(&rules, "/apps.slice/apps-a.slice/else.service", Some("all"));
+    check(
+        &rules,
+        "/system.slice/system-job.slice/job@1.service",
+        Some("job"),
+    );
+    check(&rules, "/system.slice/job@2.service", None);
+    check(
+        &rules,
+        "/user.slice/user-1000.slice/user@1000.service/app.slice/web.service",
+        None,
+    );
+    check(&rules, "/system.slice/docker-1.scope/web.service", None);
+    check(&rules, "/mine/web.service", None);
+}
+
+#[test]
+fn the_deeper_of_cgroup_and_unit_wins() {
+    let rules = [
+        unit("unit", "web.service"),
+        cgroup("slice", "/system.slice"),
+        cgroup("worker", "/system.slice/web.service/worker"),
+        cgroup("same", "/system.slice/db.service"),
+        unit("db", "db.service"),
+    ];
+    check(&rules, "/system.slice/web.service", Some("unit"));
+    check(&rules, "/system.slice/web.service/worker", Some("worker"));
+    check(&rules, "/system.slice/other.service", Some("slice"));
+    check(&rules, "/system.slice/db.service", Some("same"));
+}
+
+#[test]
+fn the_user_counts_only_where_no_cgroup_does() {
+    let rules = [cgroup("web", "/a"), rule("batch", WorkloadRule::User(1000))];
+    assert_eq!(resolve(&rules, "/a", 1000).as_deref(), Some("web"));
+    assert_eq!(resolve(&rules, "/b", 1000).as_deref(), Some("batch"));
+    assert_eq!(resolve(&rules, "/b", 1001), None);
+}
+
+#[test]
+fn an_enrolled_namespace_beats_everything() {
+    let netns = Path::new("/run/netns/pod");
+    let rules = [
+        cgroup("web", "/a"),
+        rule("pod", WorkloadRule::Netns(netns.to_owned())),
+    ];
+    let resolver = WorkloadResolver::new(&rules, |_| Some(PathBuf::from("/a"))).unwrap();
+    let service = |netns| {
+        resolver
+            .resolve(&captured(5, netns, 0))
+            .unwrap()
+            .to_string()
+    };
+    assert_eq!(
+        resolver.namespaces(),
+        [(netns.to_owned(), "pod".parse().unwrap())]
+    );
+    assert_eq!(service(CONTAINER), "web");
+    assert!(!resolver.enrol_namespace(Path::new("/run/netns/else"), CONTAINER));
+    assert!(resolver.enrol_namespace(netns, CONTAINER));
+    assert_eq!(service(CONTAINER), "pod");
+    assert_eq!(service(HOST), "web");
+    resolver.dismiss_namespace(CONTAINER);
+    assert_eq!(service(CONTAINER), "web");
+    assert!(resolver.enrol_namespace(netns, CONTAINER));
+    resolver.reload(&rules[..1]).unwrap();
+    assert_eq!(service(CONTAINER), "web");
+}
+
+#[test]
+fn answers_are_remembered_until_reload_and_failures_are_not() {
+    let lookups = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&lookups);
+    let resolver = WorkloadResolver::new(&[cgroup("web", "/a")], move |id: CgroupId| {
+        counted.fetch_add(1, Ordering::Relaxed);
+        (id == CgroupId(5)).then(|| PathBuf::from("/a"))
+    })
+    .unwrap();
+    for _ in 0..3 {
+        assert_eq!(
+            resolver.resolve(&captured(5, HOST, 0)).unwrap().as_str(),
+            "web"
+        );
+    }
+    assert_eq!(lookups.load(Ordering::Relaxed), 1);
+    for _ in 0..3 {
+        let unknown = resolver.resolve(&captured(6, HOST, 3)).unwrap_err();
+        assert_eq!(
+            unknown.to_string(),
+            "no [[workload]] names process 4711: cgroup 6 (gone or not visible), user 3, network namespace 1"
+        );
+    }
+    assert_eq!(lookups.load(Ordering::Relaxed), 4);
+    resolver.reload(&[cgroup("api", "/a")]).unwrap();
+    assert_eq!(
+        resolver.resolve(&captured(5, HOST, 0)).unwrap().as_str(),
+        "api"
+    );
+}
+
+#[test]
+fn memory_of_cgroups_is_bounded() {
+    let resolver = WorkloadResolver::new(&[cgroup("web", "/a")], |_| Some("/a/b".into())).unwrap();
+    for id in 0..3 * REMEMBERED_CGROUPS as u64 {
+        assert_eq!(
+            resolver.resolve(&captured(id, HOST, 0)).unwrap().as_str(),
+            "web"
+        );
+    }
+    assert!(resolver.remembered.lock().len() <= REMEMBERED_CGROUPS);
+}
+
+#[test]
+fn one_thing_for_two_services_is_a_conflict() {
+    let conflict = WorkloadResolver::new(&[cgroup("a", "/x"), cgroup("b", "x")], |_| None);
+    assert_eq!(
+        conflict.unwrap_err().to_string(),
+        "workload rule cgroup = \"/x\" is given for two services, a and b"
+    );
+    let same = WorkloadResolver::new(&[unit("a", "x"), unit("a", "x.service")], |_| None);
+    same.unwrap();
+}

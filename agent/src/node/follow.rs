@@ -1,0 +1,245 @@
+//! Keeping the parts in step with the catalog, the configuration and the namespaces that come and go.
+//!
+//! One task does all of it, one change after the other: no two changes are ever half applied at once.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{
+    sync::watch,
+    time::{Interval, MissedTickBehavior, interval},
+};
+
+use super::{Node, start};
+use crate::{
+    catalog::model::IntentionAction,
+    config::{self, Config},
+    datapath::NetnsCookie,
+    inbound::{listeners::TunnelListeners, targets::Targets},
+    policy::Intentions,
+    telemetry::log::chain,
+};
+
+/// How often namespaces that rules name are looked for.
+const NAMESPACES: Duration = Duration::from_secs(1);
+
+/// How often what a vanished connect left behind is swept, and how old that is.
+const SWEEP: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(30));
+
+/// Applies changes to a running node.
+#[derive(Debug)]
+pub(super) struct Follower {
+    node: Arc<Node>,
+    tunnels: TunnelListeners,
+    versions: watch::Receiver<u64>,
+    /// Cookies of the namespaces that workload rules name, as last seen.
+    namespaces: BTreeMap<PathBuf, NetnsCookie>,
+    /// The kernel's maps could not be brought up to date; try again.
+    behind: bool,
+    look_for_namespaces: Interval,
+    sweep: Interval,
+}
+
+impl Follower {
+    pub(super) fn new(node: Arc<Node>, tunnels: TunnelListeners) -> Self {
+        let every = |period| {
+            let mut interval = interval(period);
+            interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            interval
+        };
+        let versions = node.catalog.versions();
+        Self {
+            node,
+            tunnels,
+            versions,
+            namespaces: BTreeMap::new(),
+            behind: false,
+            look_for_namespaces: every(NAMESPACES),
+            sweep: every(SWEEP.0),
+        }
+    }
+
+    pub(super) fn node(&self) -> &Arc<Node> {
+        &self.node
+    }
+
+    /// Waits for one change and applies it. Cancel-safe: a change that was not applied is seen again.
+    pub(super) async fn next_change(&mut self) {
+        tokio::select! {
+            Ok(()) = self.versions.changed() => self.apply_catalog(),
+            _ = self.look_for_namespaces.tick() => {
+                self.follow_namespaces();
+                if self.behind {
+                    self.apply_catalog();
+                }
+            }
+            _ = self.sweep.tick() => self.sweep_flows(),
+        }
+    }
+
+    /// Puts the current catalog in force everywhere.
+    ///
+    /// Policy first and cutting last: a connection that begins meanwhile is decided by the new intentions,
+    /// one that began before is found in the table.
+    pub(super) fn apply_catalog(&mut self) {
+        self.versions.mark_unchanged();
+        let node = Arc::clone(&self.node);
+        let catalog = node.catalog.current();
+        let config = node.config.load();
+        let intentions = Intentions::new(&catalog.snapshot.intentions, config.policy.default);
+        node.policy.replace(intentions);
+        let targets = Targets::new(&catalog, &config.node.name, &node.local);
+        self.tunnels.follow(&targets.ports());
+        *node.tunnel_addresses.lock() = self.tunnels.addresses();
+        node.inbound.targets.store(Arc::new(targets));
+        match node.datapath.reconcile(&catalog.vip_targets()) {
+            Ok(changed) => {
+                self.behind = false;
+                tracing::info!(
+                    version = catalog.version,
+                    added = changed.added,
+                    changed = changed.changed,
+                    removed = changed.removed,
+                    "virtual addresses in the kernel"
+                );
+            }
+            Err(error) => {
+                self.behind = true;
+                tracing::error!(error = %chain(&error), "virtual addresses not brought to the kernel");
+            }
+        }
+        node.outbound.balancer.retain(&catalog.snapshot);
+        self.forget_certificates(&config);
+        self.cut_forbidden();
+    }
+
+    /// Cuts live connections that the intentions in force do not allow any more.
+    fn cut_forbidden(&self) {
+        let policy = self.node.policy.current();
+        let cut = self.node.connections.cut_forbidden(|connection| {
+            let decision = policy.decide(&connection.source, &connection.service);
+            match decision.action {
+                IntentionAction::Allow => None,
+                IntentionAction::Deny => Some(decision.reason.to_string()),
+            }
+        });
+        if cut > 0 {
+            tracing::info!(cut, "connections cut that intentions do not allow any more");
+        }
+    }
+
+    /// Certificates are kept for services that are called from here or served here.
+    fn forget_certificates(&self, config: &Config) {
+        let targets = self.node.inbound.targets.load();
+        let mut wanted: BTreeSet<_> = config.workloads.iter().map(|w| &w.service).collect();
+        wanted.extend(targets.all().map(|target| &target.service));
+        self.node
+            .certificates
+            .retain(|identity| wanted.contains(&identity.service));
+    }
+
+    /// Opens and closes capture in the namespaces that workload rules name.
+    pub(super) fn follow_namespaces(&mut self) {
+        let workloads = Arc::clone(&self.node.outbound.workloads);
+        let files: BTreeSet<PathBuf> = workloads
+            .namespaces()
+            .into_iter()
+            .map(|(path, _service)| path)
+            .collect();
+        if files.is_empty() && self.namespaces.is_empty() {
+            return;
+        }
+        let now = self.node.captures.follow(&files);
+        for (path, cookie) in &self.namespaces {
+            if now.get(path) != Some(cookie) {
+                workloads.dismiss_namespace(*cookie);
+            }
+        }
+        for (path, cookie) in &now {
+            workloads.enrol_namespace(path, *cookie);
+        }
+        self.namespaces = now;
+    }
+
+    fn sweep_flows(&self) {
+        match self.node.datapath.sweep_flows(SWEEP.1) {
+            Ok(0) => {}
+            Ok(swept) => tracing::debug!(swept, "published connects that nobody accepted swept"),
+            Err(error) => tracing::warn!(error = %chain(&error), "flows not swept"),
+        }
+    }
+
+    /// Reads the configuration anew and takes over what can be; a bad one changes nothing.
+    pub(super) fn reload(&mut self) {
+        self.node.telemetry.access_log().reopen();
+        match config::load(&self.node.config_path) {
+            Ok(new) => self.take_over(new),
+            Err(error) => {
+                tracing::error!(%error, "configuration not reloaded: the one from before stays");
+            }
+        }
+    }
+
+    fn take_over(&mut self, new: Config) {
+        let node = Arc::clone(&self.node);
+        let old = node.config.load_full();
+        if let Err(error) = node.outbound.workloads.reload(&new.workloads) {
+            tracing::error!(error = %chain(&error), "configuration not reloaded: the one from before stays");
+            return;
+        }
+        for table in old.needs_restart(&new) {
+            tracing::warn!(table, "changed in the configuration, but takes a restart");
+        }
+        // What takes a restart stays as it runs, also in what we say of ourselves.
+        let merged = Config {
+            workloads: new.workloads,
+            policy: new.policy,
+            limits: config::LimitsConfig {
+                max_connections: old.limits.max_connections,
+                ..new.limits
+            },
+            tunnel: config::TunnelConfig {
+                listen: old.tunnel.listen,
+                port: old.tunnel.port,
+                ..new.tunnel
+            },
+            telemetry: config::TelemetryConfig {
+                log: new.telemetry.log,
+                ..old.telemetry.clone()
+            },
+            capture: config::CaptureConfig {
+                debug: new.capture.debug,
+                ..old.capture.clone()
+            },
+            ..(*old).clone()
+        };
+        node.inbound
+            .namespaces
+            .store(Arc::new(start::namespaces(&merged.workloads)));
+        node.outbound
+            .settings
+            .store(Arc::new(start::outbound_settings(&merged)));
+        node.inbound
+            .settings
+            .store(Arc::new(start::inbound_settings(&merged)));
+        if merged.telemetry.log != old.telemetry.log
+            && let Err(error) = node.log.set(&merged.telemetry.log)
+        {
+            tracing::error!(error = %chain(&error), "log level not changed");
+        }
+        if let Err(error) = node.datapath.set_debug(merged.capture.debug) {
+            tracing::error!(error = %chain(&error), "capture.debug not changed");
+        }
+        if let Err(error) = node.ca.reload_roots(&start::ca_files(&merged)) {
+            tracing::error!(error = %chain(&error), "roots not reloaded: those from before stay");
+        }
+        node.config.store(Arc::new(merged));
+        self.follow_namespaces();
+        self.apply_catalog();
+        tracing::info!("configuration reloaded");
+    }
+}

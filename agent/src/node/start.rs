@@ -1,0 +1,385 @@
+//! Building the parts, in the order in which each needs the ones before.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::SystemTime,
+};
+
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
+
+use super::{Node, NodeError, follow::Follower, problem_lines, status};
+use crate::{
+    admin::AdminServer,
+    catalog::{
+        file::{FileContext, FileSource, Loaded, Severity},
+        store::CatalogStore,
+        vip::{VipAllocator, VipPools},
+    },
+    config::{Config, WorkloadConfig, WorkloadRule},
+    connections::Connections,
+    datapath::{Datapath, DatapathSettings, VipRanges, cgroup::Cgroup2},
+    identity::{
+        LocalDomain,
+        ca::{BuiltinCa, CaFiles},
+        certificates::{Certificates, Jitter},
+        clock::SystemClock,
+        workload::WorkloadResolver,
+    },
+    inbound::{
+        Inbound, InboundSettings, NamespaceRule, Namespaces, deliver::Deliverer,
+        listeners::TunnelListeners,
+    },
+    lifecycle::Shutdown,
+    outbound::{
+        Outbound, OutboundSettings,
+        balance::{Balancer, Ejection},
+        listeners::CaptureNamespaces,
+    },
+    policy::{Intentions, PolicyStore},
+    telemetry::{
+        Telemetry,
+        access_log::{AccessLog, LineFormat},
+        http::MetricsServer,
+        log::{LogFormat, LogHandle, chain},
+        metrics::Metrics,
+        series::SeriesLimits,
+    },
+};
+
+/// Builds everything and starts it. Capture begins when all behind it is ready.
+pub(super) async fn start(
+    config_path: PathBuf,
+    config: Config,
+    log: LogHandle,
+) -> Result<Follower, NodeError> {
+    let shutdown = Shutdown::default();
+    let cgroups = Arc::new(own_cgroup(&config)?);
+    let telemetry = telemetry(&config)?;
+    let (catalog, source, loaded) = catalog(&config);
+    let ca = certificate_authority(&config)?;
+    let certificates = Certificates::new(
+        Arc::<BuiltinCa>::clone(&ca),
+        Arc::new(SystemClock),
+        Jitter::random(),
+        shutdown.clone(),
+    );
+    let policy = Arc::new(PolicyStore::new(Intentions::new(
+        &catalog.current().snapshot.intentions,
+        config.policy.default,
+    )));
+    let datapath = Arc::new(datapath(&config, &cgroups)?);
+    let local = LocalDomain::new(
+        config.identity.trust_domain.clone(),
+        config.node.datacenter.clone(),
+    );
+    let connections = Connections::new(config.limits.max_connections);
+    let paths = Arc::clone(&cgroups);
+    let workloads = WorkloadResolver::new(&config.workloads, move |id| paths.path_of(id))
+        .map_err(NodeError::when("compile the [[workload]] rules"))?;
+    let outbound = Arc::new(Outbound {
+        datapath: Arc::clone(&datapath),
+        catalog: Arc::clone(&catalog),
+        workloads: Arc::new(workloads),
+        policy: Arc::clone(&policy),
+        certificates: certificates.clone(),
+        balancer: Balancer::default(),
+        connections: Arc::clone(&connections),
+        telemetry: telemetry.clone(),
+        settings: ArcSwap::from_pointee(outbound_settings(&config)),
+        local: local.clone(),
+        shutdown: shutdown.clone(),
+    });
+    let inbound = Arc::new(Inbound {
+        catalog: Arc::clone(&catalog),
+        targets: ArcSwap::default(),
+        namespaces: ArcSwap::from_pointee(namespaces(&config.workloads)),
+        policy: Arc::clone(&policy),
+        certificates: certificates.clone(),
+        deliverer: Deliverer::default(),
+        connections: Arc::clone(&connections),
+        telemetry: telemetry.clone(),
+        settings: ArcSwap::from_pointee(inbound_settings(&config)),
+        local: local.clone(),
+        shutdown: shutdown.clone(),
+    });
+    let tunnels = TunnelListeners::open(
+        Arc::clone(&inbound),
+        config.tunnel.listen,
+        config.tunnel.port,
+    )
+    .map_err(NodeError::when("open the tunnel port"))?;
+    let captures = CaptureNamespaces::new(Arc::clone(&outbound), config.capture.port);
+    let node = Arc::new(Node {
+        config_path,
+        started_at: SystemTime::now(),
+        log,
+        telemetry,
+        catalog,
+        catalog_problems: Mutex::new(problem_lines(&loaded.problems)),
+        policy,
+        ca,
+        certificates,
+        datapath,
+        connections,
+        outbound,
+        inbound,
+        captures,
+        tunnel_addresses: Mutex::default(),
+        local,
+        shutdown,
+        config: ArcSwap::from_pointee(config),
+    });
+    let mut follower = Follower::new(Arc::clone(&node), tunnels);
+    follower.apply_catalog();
+    node.captures
+        .open_host()
+        .map_err(NodeError::when("capture in the host's network namespace"))?;
+    follower.follow_namespaces();
+    watch_catalog(&node, source, loaded);
+    log_refusals(&node)?;
+    // Last: whoever gets an answer from the agent may count on capture.
+    serve_operators(&node).await?;
+    Ok(follower)
+}
+
+fn own_cgroup(config: &Config) -> Result<Cgroup2, NodeError> {
+    let cgroups = Cgroup2::find().map_err(NodeError::when("find the cgroup2 hierarchy"))?;
+    if let Some(cgroup) = &config.agent.cgroup {
+        cgroups
+            .enter(cgroup)
+            .map_err(NodeError::when("enter agent.cgroup"))?;
+    }
+    Ok(cgroups)
+}
+
+fn telemetry(config: &Config) -> Result<Telemetry, NodeError> {
+    let metrics = Arc::new(Metrics::new(
+        SeriesLimits::default(),
+        env!("CARGO_PKG_VERSION"),
+    ));
+    let format = match config.telemetry.log_format {
+        LogFormat::Text => LineFormat::Text,
+        LogFormat::Json => LineFormat::Json,
+    };
+    let access_log = AccessLog::start(
+        &config.telemetry.access_log,
+        format,
+        metrics.dropped_lines(),
+    )
+    .map_err(NodeError::when("open the access log"))?;
+    Ok(Telemetry::new(metrics, Arc::new(access_log)))
+}
+
+fn catalog(config: &Config) -> (Arc<CatalogStore>, FileSource, Loaded) {
+    let pools = VipPools {
+        ipv4: config.capture.ipv4_range,
+        ipv6: config.capture.ipv6_range,
+    };
+    let state_file = config.node.state_dir.join("virtual-addresses.json");
+    let quarantine = config.catalog.vip_quarantine;
+    let (allocator, damaged) = VipAllocator::new(pools, Some(state_file), quarantine);
+    if let Some(problem) = damaged {
+        tracing::error!(problem = %chain(&problem), "virtual addresses follow from names again");
+    }
+    let store = Arc::new(CatalogStore::new(allocator));
+    let mut source = FileSource::new(config.catalog.directory.clone(), file_context(config));
+    let loaded = source.load();
+    publish(&store, &loaded);
+    (store, source, loaded)
+}
+
+/// What the files may leave out, on this node.
+pub(crate) fn file_context(config: &Config) -> FileContext {
+    FileContext {
+        local_node: config.node.name.clone(),
+        local_address: config.node.address,
+        tunnel_port: config.tunnel.port,
+    }
+}
+
+/// Puts a snapshot in force; says what is wrong with it, and returns that.
+fn publish(store: &CatalogStore, loaded: &Loaded) -> Vec<String> {
+    for problem in &loaded.problems {
+        match problem.severity {
+            Severity::Error => tracing::error!(%problem, "catalog"),
+            Severity::Note => tracing::info!(%problem, "catalog"),
+        }
+    }
+    let mut lines = problem_lines(&loaded.problems);
+    for problem in store.publish(loaded.snapshot.clone()) {
+        tracing::error!(problem = %chain(&problem), "virtual addresses");
+        lines.push(chain(&problem).to_string());
+    }
+    let catalog = store.current();
+    let services = catalog.snapshot.services.len();
+    tracing::info!(version = catalog.version, services, "catalog published");
+    lines
+}
+
+fn watch_catalog(node: &Arc<Node>, source: FileSource, loaded: Loaded) {
+    let (shutdown, inner) = (node.shutdown.clone(), Arc::clone(node));
+    let publish = move |loaded: &Loaded| {
+        *inner.catalog_problems.lock() = publish(&inner.catalog, loaded);
+    };
+    node.shutdown
+        .spawn("file catalog", source.watch(loaded, shutdown, publish));
+}
+
+/// `[identity.ca]` as the CA takes it.
+pub(super) fn ca_files(config: &Config) -> CaFiles {
+    let ca = &config.identity.ca;
+    CaFiles {
+        certificate: ca.certificate.clone(),
+        key: ca.key.clone(),
+        passphrase_file: ca.passphrase_file.clone(),
+        roots: ca.roots.clone(),
+    }
+}
+
+fn certificate_authority(config: &Config) -> Result<Arc<BuiltinCa>, NodeError> {
+    let identity = &config.identity;
+    let ca = BuiltinCa::load(
+        &ca_files(config),
+        identity.trust_domain.clone(),
+        identity.leaf_ttl,
+        Arc::new(SystemClock),
+    );
+    ca.map(Arc::new)
+        .map_err(NodeError::when("load the certificate authority"))
+}
+
+fn datapath(config: &Config, cgroups: &Cgroup2) -> Result<Datapath, NodeError> {
+    let capture = &config.capture;
+    let own = cgroups
+        .own()
+        .map_err(NodeError::when("find the agent's own cgroup"))?;
+    Datapath::load(&DatapathSettings {
+        cgroups: capture
+            .cgroups
+            .iter()
+            .map(|path| cgroups.directory(path))
+            .collect(),
+        agent_cgroup: cgroups.directory(Path::new(&own)),
+        vip_ranges: VipRanges {
+            ipv4: capture.ipv4_range,
+            ipv6: capture.ipv6_range,
+        },
+        max_vips: capture.max_vips,
+        max_flows: capture.max_flows,
+        so_original_dst: capture.so_original_dst,
+        debug: capture.debug,
+    })
+    .map_err(NodeError::when("load the eBPF programs"))
+}
+
+/// `[tunnel]` and `[limits]` as far as outbound connections follow them.
+pub(super) fn outbound_settings(config: &Config) -> OutboundSettings {
+    OutboundSettings {
+        connect_timeout: config.tunnel.connect_timeout,
+        handshake_timeout: config.tunnel.handshake_timeout,
+        idle_timeout: config.limits.idle_timeout,
+        ejection: Ejection {
+            after: config.limits.eject_after,
+            for_: config.limits.eject_for,
+        },
+    }
+}
+
+/// `[tunnel]` and `[limits]` as far as inbound connections follow them.
+pub(super) fn inbound_settings(config: &Config) -> InboundSettings {
+    InboundSettings {
+        handshake_timeout: config.tunnel.handshake_timeout,
+        connect_timeout: config.tunnel.connect_timeout,
+        idle_timeout: config.limits.idle_timeout,
+    }
+}
+
+/// The `[[workload]]` rules as far as delivery follows them.
+pub(super) fn namespaces(workloads: &[WorkloadConfig]) -> Namespaces {
+    let rule = |workload: &WorkloadConfig| NamespaceRule {
+        service: workload.service.clone(),
+        instance: workload.instance.clone(),
+        netns: match &workload.rule {
+            WorkloadRule::Netns(path) => Some(path.clone()),
+            WorkloadRule::Cgroup(_) | WorkloadRule::Unit(_) | WorkloadRule::User(_) => None,
+        },
+    };
+    Namespaces {
+        rules: workloads.iter().map(rule).collect(),
+    }
+}
+
+/// Metrics and the admin socket.
+async fn serve_operators(node: &Arc<Node>) -> Result<(), NodeError> {
+    let config = node.config.load_full();
+    let metrics = Arc::clone(node.telemetry.metrics());
+    let observed = Arc::downgrade(node);
+    metrics.observe(move || {
+        observed
+            .upgrade()
+            .map(|node| status::observe(&node))
+            .unwrap_or_default()
+    });
+    if let Some(address) = config.telemetry.metrics {
+        let server = MetricsServer::bind(address)
+            .await
+            .map_err(NodeError::when("serve metrics"))?;
+        let shutdown = node.shutdown.clone();
+        node.shutdown.spawn_service("metrics", async move {
+            server
+                .serve(metrics, async move { shutdown.stopped().await })
+                .await;
+        });
+    }
+    let admin = AdminServer::bind(&config.admin.socket)
+        .await
+        .map_err(NodeError::when("serve the admin socket"))?;
+    let shutdown = node.shutdown.clone();
+    let source = Arc::new(status::Operators(Arc::clone(node)));
+    node.shutdown.spawn_service("admin", async move {
+        admin
+            .serve(source, async move { shutdown.stopped().await })
+            .await;
+    });
+    Ok(())
+}
+
+/// Says which connects the programs refused, at most once a minute per reason and cgroup.
+fn log_refusals(node: &Arc<Node>) -> Result<(), NodeError> {
+    use crate::telemetry::rate::OncePer;
+    static ONCE: OncePer = OncePer::new(std::time::Duration::from_secs(60));
+    let mut events = node
+        .datapath
+        .events()
+        .map_err(NodeError::when("watch the programs' events"))?;
+    let shutdown = node.shutdown.clone();
+    node.shutdown.spawn("refusals", async move {
+        loop {
+            let refused = tokio::select! {
+                biased;
+                () = shutdown.draining() => return,
+                refused = events.next() => refused,
+            };
+            match refused {
+                Ok(refused) => {
+                    let key = format!("{} {}", refused.reason, refused.cgroup);
+                    if let Some(suppressed) = ONCE.pass(&key) {
+                        tracing::warn!(
+                            destination = %refused.destination, reason = %refused.reason,
+                            process = refused.process, command = refused.command, uid = refused.uid,
+                            cgroup = %refused.cgroup, netns = %refused.netns, suppressed,
+                            "connect refused"
+                        );
+                    }
+                }
+                Err(error) => {
+                    tracing::error!(error = %chain(&error), "refused connects are not logged any more");
+                    return;
+                }
+            }
+        }
+    });
+    Ok(())
+}

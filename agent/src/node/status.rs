@@ -1,0 +1,241 @@
+//! What the agent says of itself, gathered from its parts.
+
+use std::{sync::Arc, time::SystemTime};
+
+use super::Node;
+use crate::{
+    admin::{
+        StatusSource,
+        status::{
+            AttachmentStatus, CatalogStatus, CertificateStatus, ConnectionCounts, ConnectionStatus,
+            ListenerStatus, ServiceStatus, Status, WorkloadStatus,
+        },
+    },
+    catalog::{model::Snapshot, store::Catalog},
+    config::WorkloadRule,
+    outbound::listeners::Place,
+    telemetry::{
+        log::{LogError, chain},
+        metrics::{CatalogObservation, CertificateObservation, Observations},
+        record::Direction,
+        timestamp::Timestamp,
+    },
+};
+
+/// The node as operators see it.
+pub(super) struct Operators(pub(super) Arc<Node>);
+
+impl StatusSource for Operators {
+    fn status(&self) -> Status {
+        let node = &self.0;
+        let config = node.config.load();
+        let attachments = node.datapath.attachments();
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            node: config.node.name.to_string(),
+            started_at: Timestamp(node.started_at),
+            uptime_seconds: since(node.started_at),
+            draining: node.shutdown.is_draining(),
+            kernel: rustix::system::uname()
+                .release()
+                .to_string_lossy()
+                .into_owned(),
+            attachments: attachments
+                .into_iter()
+                .map(|attachment| AttachmentStatus {
+                    program: attachment.program.to_owned(),
+                    target: attachment.target.display().to_string(),
+                    link_id: attachment.link_id,
+                    program_id: attachment.program_id,
+                })
+                .collect(),
+            capture: verdicts(node)
+                .into_iter()
+                .map(|(name, n)| (name.to_owned(), n))
+                .collect(),
+            catalog: catalog_status(node),
+            services: services(&node.catalog.current()),
+            certificates: certificates(node),
+            connections: ConnectionCounts {
+                live_outbound: node.connections.admitted(Direction::Outbound),
+                live_inbound: node.connections.admitted(Direction::Inbound),
+                limit: node.connections.limit(Direction::Outbound) as usize,
+            },
+            listeners: listeners(node),
+            workloads: workloads(node),
+        }
+    }
+
+    fn connections(&self) -> Vec<ConnectionStatus> {
+        let describe = |connection: &Arc<crate::connections::Connection>| {
+            let (bytes_sent, bytes_received) = connection.counts.snapshot();
+            ConnectionStatus {
+                id: connection.id,
+                direction: connection.direction.as_str().to_owned(),
+                source: Some(connection.source.to_string()),
+                destination: Some(connection.service.to_string()),
+                instance: connection.instance().map(|instance| instance.to_string()),
+                started: Timestamp(connection.started_at),
+                bytes_sent,
+                bytes_received,
+            }
+        };
+        self.0.connections.list().iter().map(describe).collect()
+    }
+
+    fn metrics(&self) -> String {
+        self.0.telemetry.metrics().render()
+    }
+
+    fn set_log(&self, directives: &str) -> Result<(), LogError> {
+        self.0.log.set(directives)
+    }
+}
+
+/// What a scrape asks of the parts that keep no metrics themselves.
+pub(super) fn observe(node: &Node) -> Observations {
+    let catalog = node.catalog.current();
+    let certificates = node.certificates.status().into_iter();
+    Observations {
+        capture: verdicts(node),
+        attached_programs: node.datapath.attachments().len() as u64,
+        catalog: catalog.published_at.map(|loaded_at| CatalogObservation {
+            version: catalog.version,
+            loaded_at,
+            services: catalog.snapshot.services.len(),
+            instances: instances(&catalog.snapshot),
+            problems: node.catalog_problems.lock().len(),
+        }),
+        certificates: certificates
+            .map(|certificate| CertificateObservation {
+                service: certificate.identity.service,
+                not_after: certificate.not_after,
+                failing: certificate.last_error.is_some(),
+            })
+            .collect(),
+    }
+}
+
+fn verdicts(node: &Node) -> Vec<(&'static str, u64)> {
+    match node.datapath.counters() {
+        Ok(counters) => counters
+            .into_iter()
+            .map(|(verdict, n)| (verdict.as_str(), n))
+            .collect(),
+        Err(error) => {
+            tracing::warn!(error = %chain(&error), "capture counters not read");
+            Vec::new()
+        }
+    }
+}
+
+fn catalog_status(node: &Node) -> CatalogStatus {
+    let catalog = node.catalog.current();
+    CatalogStatus {
+        version: catalog.version,
+        services: catalog.snapshot.services.len(),
+        instances: instances(&catalog.snapshot),
+        age_seconds: catalog.published_at.map(since).unwrap_or_default(),
+        problems: node.catalog_problems.lock().clone(),
+    }
+}
+
+fn services(catalog: &Catalog) -> Vec<ServiceStatus> {
+    let describe = |(name, service): (&_, &Arc<crate::catalog::model::Service>)| ServiceStatus {
+        name: format!("{name}"),
+        addresses: catalog
+            .addresses
+            .get(name)
+            .into_iter()
+            .flatten()
+            .copied()
+            .collect(),
+        ports: service.ports.iter().copied().collect(),
+        instances: service.instances.len(),
+        available: service.instances.iter().filter(|i| i.weight() > 0).count(),
+    };
+    catalog.snapshot.services.iter().map(describe).collect()
+}
+
+fn instances(snapshot: &Snapshot) -> usize {
+    snapshot
+        .services
+        .values()
+        .map(|service| service.instances.len())
+        .sum()
+}
+
+fn certificates(node: &Node) -> Vec<CertificateStatus> {
+    let status = node.certificates.status().into_iter();
+    status
+        .map(|certificate| CertificateStatus {
+            identity: certificate.identity.to_string(),
+            not_after: certificate.not_after.map(Timestamp),
+            renew_at: certificate.renew_at.map(Timestamp),
+            last_error: certificate
+                .last_error
+                .map(|error| chain(&*error).to_string()),
+        })
+        .collect()
+}
+
+fn listeners(node: &Node) -> Vec<ListenerStatus> {
+    let config = node.config.load();
+    let listener = |purpose: &str, address: String, netns| ListenerStatus {
+        purpose: purpose.to_owned(),
+        address,
+        netns,
+    };
+    let captures = node.captures.list().into_iter().map(|(place, _cookie)| {
+        let netns = match place {
+            Place::Host => None,
+            Place::File(path) => Some(path.display().to_string()),
+        };
+        listener("capture", format!("lo:{}", config.capture.port), netns)
+    });
+    let tunnels = node.tunnel_addresses.lock().clone();
+    let tunnels = tunnels
+        .into_iter()
+        .map(|a| listener("tunnel", a.to_string(), None));
+    let metrics = config
+        .telemetry
+        .metrics
+        .map(|a| listener("metrics", a.to_string(), None));
+    let admin = listener("admin", config.admin.socket.display().to_string(), None);
+    captures
+        .chain(tunnels)
+        .chain(metrics)
+        .chain([admin])
+        .collect()
+}
+
+fn workloads(node: &Node) -> Vec<WorkloadStatus> {
+    let config = node.config.load();
+    let open: Vec<_> = node
+        .captures
+        .list()
+        .into_iter()
+        .map(|(place, _)| place)
+        .collect();
+    let describe = |workload: &crate::config::WorkloadConfig| {
+        let (rule, present) = match &workload.rule {
+            WorkloadRule::Cgroup(path) => (format!("cgroup {}", path.display()), true),
+            WorkloadRule::Unit(unit) => (format!("unit {unit}"), true),
+            WorkloadRule::User(uid) => (format!("user {uid}"), true),
+            WorkloadRule::Netns(path) => {
+                let present = open.contains(&Place::File(path.clone()));
+                (format!("netns {}", path.display()), present)
+            }
+        };
+        WorkloadStatus {
+            service: workload.service.to_string(),
+            rule,
+            present,
+        }
+    };
+    config.workloads.iter().map(describe).collect()
+}
+
+fn since(then: SystemTime) -> u64 {
+    then.elapsed().unwrap_or_default().as_secs()
+}

@@ -1,0 +1,199 @@
+//! The steps of an outbound connection, in order. Each says by its types what must have come before.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::net::TcpStream;
+
+use super::{Outbound, OutboundSettings, balance::Choice};
+use crate::{
+    catalog::{
+        model::{IntentionAction, Service},
+        store::Catalog,
+    },
+    datapath::Captured,
+    identity::{spiffe::SpiffeId, workload_tls::WorkloadTls},
+    telemetry::{
+        log::chain,
+        rate::OncePer,
+        record::{ConnectionRecord, Outcome, Side, Stage},
+    },
+    tunnel::{
+        TunnelStream,
+        connect::{self, TunnelError},
+    },
+};
+
+/// Who calls, proved by the kernel, with the certificate to show for it.
+pub(super) struct Caller {
+    pub(super) identity: SpiffeId,
+    tls: Arc<WorkloadTls>,
+}
+
+/// What is called: a service in one version of the catalog.
+pub(super) struct Callee {
+    pub(super) service: Arc<Service>,
+    catalog: Arc<Catalog>,
+}
+
+/// Proof that an intention (or the default) allows this caller to call this service.
+pub(super) struct Permit<'a> {
+    caller: &'a Caller,
+    callee: &'a Callee,
+}
+
+/// Unknown workloads may call in a loop; once an hour per cgroup says it.
+static UNKNOWN_LOG: OncePer = OncePer::new(Duration::from_secs(3600));
+
+/// Dials at most this many instances: the chosen one and one retry, both before any byte was sent.
+const ATTEMPTS: usize = 2;
+
+impl Outbound {
+    /// Step 3: what the eBPF programs recorded for this socket.
+    ///
+    /// No record means that somebody connected straight to the listener, and is refused.
+    pub(super) fn capture(&self, downstream: &TcpStream) -> Result<Captured, Outcome> {
+        use std::os::fd::AsFd as _;
+        let failed = |side, error| Outcome::Failed {
+            stage: Stage::Capture,
+            side,
+            error,
+        };
+        match self.datapath.captured(downstream.as_fd()) {
+            Ok(Some(captured)) => Ok(captured),
+            Ok(None) => {
+                self.telemetry.metrics().uncaptured();
+                let error = "not captured: a direct connection to the capture listener";
+                Err(failed(Side::Downstream, error.to_owned()))
+            }
+            Err(error) => Err(failed(Side::Internal, chain(&error).to_string())),
+        }
+    }
+
+    /// Step 4: workload -> service -> identity and certificate.
+    pub(super) async fn identify(&self, captured: &Captured) -> Result<Caller, Outcome> {
+        let failed = |side, error| Outcome::Failed {
+            stage: Stage::Identity,
+            side,
+            error,
+        };
+        let service = self.workloads.resolve(captured).map_err(|unknown| {
+            if UNKNOWN_LOG.pass(&unknown.cgroup.to_string()).is_some() {
+                tracing::warn!(error = %chain(&unknown), "connection of an unknown workload refused");
+            }
+            failed(Side::Downstream, chain(&unknown).to_string())
+        })?;
+        let identity = self.local.identity_of(&service);
+        let tls = self
+            .certificates
+            .for_identity(&identity)
+            .await
+            .map_err(|error| failed(Side::Internal, chain(&error).to_string()))?;
+        Ok(Caller { identity, tls })
+    }
+
+    /// Which service owns the original destination; it must be the one that the kernel saw at `connect()`.
+    pub(super) fn destination(&self, captured: &Captured) -> Result<Callee, Outcome> {
+        let catalog = self.catalog.current();
+        let service = catalog
+            .service_at(captured.destination)
+            .filter(|service| catalog.id_of(&service.name) == Some(captured.service))
+            .map(Arc::clone);
+        match service {
+            Some(service) => Ok(Callee { service, catalog }),
+            None => Err(Outcome::Failed {
+                stage: Stage::Route,
+                side: Side::Internal,
+                error: format!("{} changed its owner since connect()", captured.destination),
+            }),
+        }
+    }
+
+    /// Step 5: intentions.
+    pub(super) fn authorise<'a>(
+        &self,
+        caller: &'a Caller,
+        callee: &'a Callee,
+        record: &mut ConnectionRecord,
+    ) -> Result<Permit<'a>, Outcome> {
+        let decision = self
+            .policy
+            .current()
+            .decide(&caller.identity, &callee.service.name);
+        record.decision(decision.reason.to_string());
+        match decision.action {
+            IntentionAction::Allow => Ok(Permit { caller, callee }),
+            IntentionAction::Deny => Err(Outcome::Denied),
+        }
+    }
+
+    /// Steps 6 and 7: choose an instance and open a tunnel to its node, as the caller.
+    ///
+    /// Another instance is tried once if the first cannot be dialled; nothing was sent by then.
+    pub(super) async fn open(
+        &self,
+        permit: Permit<'_>,
+        settings: OutboundSettings,
+        record: &mut ConnectionRecord,
+    ) -> Result<(Choice, TunnelStream), Outcome> {
+        let Permit { caller, callee } = permit;
+        let mut tried: Vec<Choice> = Vec::new();
+        let mut last_error = None;
+        while tried.len() < ATTEMPTS
+            && let Some(choice) = self.balancer.choose(&callee.service, &tried)
+        {
+            record.instance(&choice.instance.id);
+            match self.dial(caller, callee, &choice, settings).await {
+                Ok(stream) => {
+                    choice.succeeded();
+                    return Ok((choice, stream));
+                }
+                Err(error) => {
+                    let ejected = choice.failed(settings.ejection);
+                    tracing::debug!(
+                        instance = %choice.instance.id, ejected, error = %chain(&error),
+                        "dial failed"
+                    );
+                    last_error = Some(error);
+                    tried.push(choice);
+                }
+            }
+        }
+        Err(match last_error {
+            Some(error) => Outcome::Failed {
+                stage: error.stage(),
+                side: Side::Upstream,
+                error: chain(&error).to_string(),
+            },
+            None => Outcome::Failed {
+                stage: Stage::Route,
+                side: Side::Upstream,
+                error: format!(
+                    "no instance of {} takes traffic (catalog version {})",
+                    callee.service.name, callee.catalog.version
+                ),
+            },
+        })
+    }
+
+    async fn dial(
+        &self,
+        caller: &Caller,
+        callee: &Callee,
+        choice: &Choice,
+        settings: OutboundSettings,
+    ) -> Result<TunnelStream, TunnelError> {
+        let expected = self.local.identity_of(&callee.service.name);
+        let target = connect::Target {
+            address: choice.instance.tunnel,
+            identity: &expected,
+            sni: self
+                .local
+                .instance_sni(&callee.service.name, &choice.instance.id),
+        };
+        let timeouts = connect::Timeouts {
+            connect: settings.connect_timeout,
+            handshake: settings.handshake_timeout,
+        };
+        connect::connect(target, &caller.tls, timeouts).await
+    }
+}
