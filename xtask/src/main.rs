@@ -1,3 +1,78 @@
 //! All automation of the project; `cargo xtask --help` lists it.
 
-fn main() {}
+mod test;
+mod demo;
+mod prove;
+mod bench;
+mod build;
+mod ebpf;
+mod host;
+mod interrupt;
+mod progress;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::progress::say;
+
+/// Sidestep's automation.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", disable_help_subcommand = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Shows Sidestep at work: two nodes in network namespaces, real programs as services.
+    Demo(demo::Arguments),
+    /// Runs everything that a change must pass; with filters only the tests whose names contain one.
+    Test(test::Arguments),
+    /// Re-runs the project's claims; without a topic lists the topics.
+    Prove(prove::Arguments),
+    /// Measures.
+    Bench(bench::Arguments),
+    /// Builds the eBPF programs; finds or installs the toolchain for them.
+    BuildEbpf {
+        /// Build them with logging of every decision.
+        #[arg(long)]
+        log: bool,
+    },
+    /// Builds the eBPF programs and the agent for production: target/release/sidestep.
+    Build,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let done = interrupt::clean_up_when_interrupted().and_then(|()| run(&arguments.command));
+    match done {
+        Ok(code) => code,
+        Err(error) => {
+            say(format_args!("\nerror: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: &Command) -> Result<ExitCode> {
+    match command {
+        Command::Demo(arguments) => demo::run(arguments),
+        Command::Test(arguments) => Ok(test::run(arguments)),
+        Command::Prove(arguments) => prove::run(arguments),
+        Command::Bench(arguments) => bench::run(arguments),
+        Command::BuildEbpf { log } => {
+            let object = build::ebpf_programs(*log)?;
+            say(object.display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Build => {
+            build::ebpf_programs(false)?;
+            let agent = build::release_agent()?;
+            say(agent.display());
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! The other side of tests: small servers and clients that check what arrives, and the janitor of a run.
+//!
+//! Servers say `listening` when they are; clients say what they saw as one line of JSON.
+
+mod janitor;
+mod servers;
+mod clients;
+mod load;
+
+use std::{
+    env,
+    io::{self, Write as _},
+    net::SocketAddr,
+    process::ExitCode,
+    str::FromStr,
+};
+
+use anyhow::{Context as _, Result, bail};
+
+/// One line per mode: its name and arguments.
+const USAGE: &str = "\
+usage: sidestep-peer MODE ARGUMENT...
+  janitor RUN                      remove the run's traces when standard input ends
+  scratch                          make a run with a process in it and wait to be killed
+  names ADDRESS COUNT PREFIX       COUNT listeners from ADDRESS's port on; the i-th answers `PREFIXi`
+  echo ADDRESS                     send everything back
+  banner ADDRESS                   speak first; say `accepted` for every connection
+  hash ADDRESS                     read to the end, then answer with the SHA-256
+  reset ADDRESS                    read one byte, then reset the connection
+  sink ADDRESS                     read and forget
+  read ADDRESS                     connect and read to the end
+  upload ADDRESS BYTES             send, close that direction, read the answer
+  live ADDRESS                     exchange bytes until it fails
+  ask FILE THREADS COUNT           COUNT connections to the targets in FILE, checking the names that answer
+  hold FILE THREADS COUNT          as many connections to echo servers at once, all used, then closed
+  pour ADDRESS THREADS SECONDS     send as fast as it goes
+  cycle ADDRESS THREADS SECONDS    connect, exchange one byte, close, again";
+
+fn main() -> ExitCode {
+    match dispatch(&env::args().skip(1).collect::<Vec<_>>()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nothing is left to be done if even this cannot be written.
+            let _written = writeln!(io::stderr(), "sidestep-peer: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(arguments: &[String]) -> Result<()> {
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments.as_slice() {
+        ["janitor", run] => janitor::wait_and_clean(run),
+        ["scratch"] => janitor::make_run(),
+        ["names", address, count, prefix] => {
+            servers::names(parsed(address)?, parsed(count)?, prefix)
+        }
+        ["echo", address] => servers::echo(parsed(address)?),
+        ["banner", address] => servers::banner(parsed(address)?),
+        ["hash", address] => servers::hash(parsed(address)?),
+        ["reset", address] => servers::reset(parsed(address)?),
+        ["sink", address] => servers::sink(parsed(address)?),
+        ["read", address] => clients::read(parsed(address)?),
+        ["upload", address, bytes] => clients::upload(parsed(address)?, parsed(bytes)?),
+        ["live", address] => clients::live(parsed(address)?),
+        ["ask", file, threads, count] => load::ask(file, parsed(threads)?, parsed(count)?),
+        ["hold", file, threads, count] => load::hold(file, parsed(threads)?, parsed(count)?),
+        ["pour", address, threads, seconds] => {
+            load::pour(parsed(address)?, parsed(threads)?, parsed(seconds)?)
+        }
+        ["cycle", address, threads, seconds] => {
+            load::cycle(parsed(address)?, parsed(threads)?, parsed(seconds)?)
+        }
+        _ => bail!("{USAGE}"),
+    }
+}
+
+fn parsed<T: FromStr<Err: std::error::Error + Send + Sync + 'static>>(text: &str) -> Result<T> {
+    text.parse()
+        .with_context(|| format!("{text:?} is no {}", std::any::type_name::<T>()))
+}
+
+/// Says one line, at once.
+fn say(line: impl std::fmt::Display) -> Result<()> {
+    let mut output = io::stdout().lock();
+    writeln!(output, "{line}")?;
+    Ok(output.flush()?)
+}
+
+/// Says that a server takes connections now.
+fn say_listening(address: SocketAddr) -> Result<()> {
+    say(format_args!("listening on {address}"))
+}

@@ -1,0 +1,63 @@
+//! Every claim of `cargo xtask prove path`, at its quick size.
+
+#![expect(
+    clippy::tests_outside_test_module,
+    clippy::panic,
+    reason = "an integration test is a test module"
+)]
+
+use bpf_tests::claims::{Size, path};
+
+macro_rules! claims {
+    ($($name:ident)*) => {
+        $(
+            #[test]
+            fn $name() {
+                check(stringify!($name));
+            }
+        )*
+
+        #[test]
+        fn no_claim_is_without_a_test() {
+            let tested = [$(stringify!($name)),*];
+            let claimed: Vec<_> = path::TOPIC.claims.iter().map(|claim| claim.name).collect();
+            assert_eq!(tested.as_slice(), claimed);
+        }
+    };
+}
+
+claims! {
+    a_host_like_this_is_accepted
+    curl_reaches_nginx
+    psql_reaches_postgresql
+    redis_cli_pipelines
+    an_upload_arrives_whole
+    a_reset_stays_a_reset
+    all_kinds_of_workloads_call_and_serve
+    ipv6_virtual_addresses_work
+    refusals_are_understood
+    a_stranger_is_refused
+    the_wire_is_tls
+    a_denied_client_sees_no_banner
+    the_called_side_decides_too
+    a_new_denial_cuts_live_connections
+    load_follows_health
+    a_dead_instance_costs_no_connection
+    a_broken_file_changes_nothing
+    a_bad_reload_changes_nothing
+    every_connection_is_counted_once
+    a_stop_drains
+    connections_reach_the_right_service
+    many_connections_at_once
+}
+
+fn check(name: &str) {
+    let claim = path::TOPIC.claims.iter().find(|claim| claim.name == name);
+    let Some(claim) = claim else {
+        panic!("there is no claim {name}");
+    };
+    match (claim.check)(Size::Quick) {
+        Ok(finding) => assert!(finding.holds, "{}: {}", claim.says, finding.figure),
+        Err(error) => panic!("{}: {error:#}", claim.says),
+    }
+}
