@@ -65,7 +65,7 @@ pub(super) const ORIGINAL_DST: Hooked = Hooked {
 };
 
 pub(super) fn load(settings: &DatapathSettings) -> Result<Datapath, DatapathError> {
-    let mut object = open(settings.max_vips, settings.max_flows)?;
+    let mut object = open_object(settings.max_vips, settings.max_flows)?;
     let maps = take_maps(&mut object)?;
     let ring = object
         .take_map("REFUSALS")
@@ -105,7 +105,10 @@ pub(super) fn load(settings: &DatapathSettings) -> Result<Datapath, DatapathErro
 }
 
 /// Creates the maps; no program is in the kernel yet.
-pub(super) fn open(max_vips: u32, max_flows: u32) -> Result<Ebpf, DatapathError> {
+///
+/// # Errors
+/// [`DatapathError::NoObject`] or [`DatapathError::Object`].
+pub fn open_object(max_vips: u32, max_flows: u32) -> Result<Ebpf, DatapathError> {
     if OBJECT.is_empty() {
         return Err(DatapathError::NoObject);
     }

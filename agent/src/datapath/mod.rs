@@ -13,7 +13,7 @@ pub mod probe;
 
 mod error;
 mod events;
-mod load;
+pub mod load;
 mod reconcile;
 mod types;
 

@@ -116,7 +116,7 @@ fn kernel() -> Finding {
 
 /// Loads each program: the one probe that cannot be wrong.
 fn programs() -> Vec<Finding> {
-    let mut object = match load::open(16, 16) {
+    let mut object = match load::open_object(16, 16) {
         Ok(object) => object,
         Err(error) => return vec![fail("eBPF object", chain(&error).to_string(), "")],
     };
