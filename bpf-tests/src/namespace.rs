@@ -127,6 +127,16 @@ impl Namespace {
         other.ip(&format!("link set {other_device} up"))
     }
 
+    /// Sets `net.ipv4.KEY` in the namespace.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_ipv4(&self, key: &str, value: &str) -> Result<()> {
+        let (file, value) = (format!("/proc/sys/net/ipv4/{key}"), value.to_owned());
+        // The file means the namespace of the thread that writes.
+        self.run(move || fs::write(&file, value).with_context(|| format!("writing {file}")))
+    }
+
     /// Gives `device` an address and a route to that address's network and to nothing else.
     ///
     /// # Errors

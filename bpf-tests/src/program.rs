@@ -31,7 +31,7 @@ use rustix::{
     },
 };
 
-use crate::{cgroup::Cgroup, namespace::Namespace, programs};
+use crate::{cgroup::Cgroup, namespace::Namespace, programs, wait::SOON};
 
 /// A program to be started, and where.
 #[derive(Debug, Clone)]
@@ -268,16 +268,26 @@ impl Placement {
     }
 }
 
-/// Programs here hold tens of thousands of connections. The soft limit of a login shell is 1024.
+/// Two agents and their clients hold tens of thousands of connections here, each more than one file.
+const OPEN_FILES: u64 = 400_000;
+
+/// Raises the limit as far as this process may: to what is needed if it may go beyond its hard limit.
 fn raise_open_files() -> io::Result<()> {
-    let limit = getrlimit(Resource::Nofile);
-    Ok(setrlimit(
-        Resource::Nofile,
-        Rlimit {
-            current: limit.maximum,
-            maximum: limit.maximum,
-        },
-    )?)
+    let hard = getrlimit(Resource::Nofile).maximum;
+    let limits = |limit| Rlimit {
+        current: limit,
+        maximum: limit,
+    };
+    let wanted = hard.map(|hard| hard.max(OPEN_FILES));
+    Ok(setrlimit(Resource::Nofile, limits(wanted))
+        .or_else(|_refused| setrlimit(Resource::Nofile, limits(hard)))?)
+}
+
+/// How many files a program started here may open.
+pub fn open_files_limit() -> u64 {
+    let asked = Program::new("sh").args(["-c", "ulimit -n"]).run(SOON);
+    let limit = asked.ok().and_then(|said| said.trim().parse().ok());
+    limit.unwrap_or(OPEN_FILES)
 }
 
 /// What a program said.

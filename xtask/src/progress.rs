@@ -1,6 +1,7 @@
 //! What people see while they wait: a spinner with the time on a terminal, plain lines elsewhere.
 
 use std::{
+    cell::Cell,
     fmt::Display,
     io::{self, BufRead as _, BufReader, IsTerminal as _, Write as _},
     process::{Command, Stdio},
@@ -17,7 +18,7 @@ use bpf_tests::wait::Stopwatch;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 /// How often a long step says on a plain output that it is still at it.
-const HEARTBEAT: Duration = Duration::from_secs(30);
+const HEARTBEAT: Duration = Duration::from_secs(15);
 
 /// Of a failed command's output, so many last lines are shown.
 const TAIL: usize = 400;
@@ -37,6 +38,8 @@ pub(crate) fn say(line: impl Display) {
 pub(crate) struct Step {
     what: String,
     clock: Stopwatch,
+    /// When it last said something on a plain output.
+    spoke: Cell<Stopwatch>,
     bar: Option<ProgressBar>,
 }
 
@@ -58,19 +61,17 @@ impl Step {
         Self {
             what,
             clock: Stopwatch::start(),
+            spoke: Cell::new(Stopwatch::start()),
             bar,
         }
     }
 
-    /// Says what it is at.
+    /// Says what it is at. On a plain output now and then only: enough to see that it lives.
     pub(crate) fn note(&self, detail: &str) {
         if let Some(bar) = &self.bar {
             bar.set_message(format!("{}: {}", self.what, detail.trim()));
-        }
-    }
-
-    fn still_at_it(&self, detail: &str) {
-        if self.bar.is_none() {
+        } else if self.spoke.get().elapsed() > HEARTBEAT {
+            self.spoke.set(Stopwatch::start());
             let seconds = self.clock.elapsed().as_secs();
             say(format_args!("      {seconds} s: {}", detail.trim()));
         }
@@ -127,21 +128,14 @@ impl Step {
             }
         });
         let mut said: Vec<String> = vec![];
-        let mut heartbeat = Stopwatch::start();
         loop {
             match lines.recv_timeout(Duration::from_secs(1)) {
-                Ok(line) => {
-                    if !line.is_empty() {
-                        self.note(&line);
-                    }
-                    said.push(line);
-                }
+                Ok(line) => said.push(line),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return said,
             }
-            if heartbeat.elapsed() > HEARTBEAT {
-                heartbeat = Stopwatch::start();
-                self.still_at_it(said.last().map_or("", String::as_str));
+            if let Some(last) = said.last().filter(|last| !last.is_empty()) {
+                self.note(last);
             }
         }
     }

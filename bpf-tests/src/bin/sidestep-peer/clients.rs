@@ -32,13 +32,14 @@ pub(crate) fn read(address: SocketAddr) -> Result<()> {
     };
     stream.set_read_timeout(Some(PATIENCE))?;
     let peer = stream.peer_addr().map(|peer| peer.to_string());
-    // Wakes a server that waits for us; no harm to one that speaks first.
-    let _sent = stream.write_all(b"?");
+    // Wakes a server that waits for us; no harm to one that speaks first. If it fails, it has taken the
+    // error that the first read would have told.
+    let sent = stream.write_all(b"?").map_err(|error| name_of(&error));
     let mut bytes = 0;
     let mut buffer = [0; 4096];
     let end = loop {
         match stream.read(&mut buffer) {
-            Ok(0) => break "end of stream".to_owned(),
+            Ok(0) => break sent.err().unwrap_or_else(|| "end of stream".to_owned()),
             Ok(count) => bytes += count,
             Err(error) => break name_of(&error),
         }

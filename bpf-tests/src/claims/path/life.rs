@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fs, time::Duration};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use rustix::process::Signal;
 
 use super::{
@@ -183,7 +183,11 @@ pub(super) fn a_stop_drains(_size: Size) -> Result<Finding> {
     })?;
     let alive = client.ended()?.is_none();
     client.kill();
-    let code = mesh.lab.a.wait_for_agent_end(Duration::from_secs(15))?;
+    let code = mesh
+        .lab
+        .a
+        .wait_for_agent_end(Duration::from_secs(15))
+        .with_context(|| format!("it said:\n{}", mesh.lab.a.agent_said()))?;
     Ok(Finding::new(
         alive && code == Some(0),
         format!(
