@@ -47,11 +47,17 @@ impl Capture {
         Ok(Self { tcpdump, file })
     }
 
-    /// Ends the recording and reads it.
+    /// Ends the recording once it has application data of TLS in it, and reads it.
+    ///
+    /// tcpdump takes packets from a queue: told to end at once, on a busy machine it ends before the queue does.
     ///
     /// # Errors
-    /// If tcpdump does not end or its file is none.
+    /// If there is none, tcpdump does not end, or its file is none.
     pub fn stop(mut self) -> Result<Wire> {
+        wait_for("tcpdump to record what was sent", SOON, || {
+            let so_far = Wire::read(&self.file);
+            so_far.is_ok_and(|wire| wire.tls_records().is_ok_and(|records| records > 1))
+        })?;
         self.tcpdump.signal(Signal::INT)?;
         self.tcpdump.wait(SOON)?.context("tcpdump did not end")?;
         Wire::read(&self.file)
