@@ -15,4 +15,7 @@ pub mod provider;
 pub mod ca;
 pub mod clock;
 
+#[cfg(test)]
+pub(crate) mod testing;
+
 pub use local::LocalDomain;

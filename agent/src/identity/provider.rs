@@ -16,7 +16,10 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::sync::watch;
 use zeroize::Zeroizing;
 
-use super::spiffe::{SpiffeId, TrustDomain};
+use super::{
+    spiffe::{SpiffeId, TrustDomain},
+    verify::PeerIdentityError,
+};
 
 /// A future as trait objects return it.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -158,10 +161,28 @@ pub enum IssueError {
         /// How long it was waited for.
         after: Duration,
     },
-    /// What was issued does not fit: its key, its name, its chain or its time.
+    /// What was issued is for somebody else.
+    #[error("the issued certificate does not name the service")]
+    WrongIdentity {
+        /// Whom it names.
+        source: PeerIdentityError,
+    },
+    /// What was issued does not fit: its key, its chain or its time.
     #[error("the issued certificate cannot be used")]
     Unusable {
         /// Why.
         source: rustls::Error,
     },
+}
+
+impl IssueError {
+    /// What [`super::workload_tls`] has against a leaf.
+    pub(crate) fn unusable(source: rustls::Error) -> Self {
+        match PeerIdentityError::within(&source) {
+            Some(identity) => Self::WrongIdentity {
+                source: identity.clone(),
+            },
+            None => Self::Unusable { source },
+        }
+    }
 }

@@ -6,7 +6,7 @@
 
 use std::{fmt, str::FromStr, sync::Arc};
 
-use crate::catalog::model::{NameError, ServiceName};
+use crate::catalog::model::ServiceName;
 
 /// SPIFFE-ID, section 2.3: an id of more bytes need not be supported. No id of a service comes near.
 const MAX_ID_BYTES: usize = 2048;
@@ -68,7 +68,7 @@ impl fmt::Debug for TrustDomain {
 }
 
 /// A trust domain that is none.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("trust domain {text:?}: expected a name like \"example.org\" of at most 255 characters")]
 pub struct TrustDomainError {
     text: String,
@@ -143,7 +143,10 @@ impl FromStr for SpiffeId {
             partition: partition.map(decode_segment).transpose()?,
             namespace: decode_segment(namespace)?,
             datacenter: decode_segment(datacenter)?,
-            service: decode_segment(service)?.parse()?,
+            service: decode_segment(service)?
+                .parse()
+                .ok()
+                .ok_or_else(|| bad_segment(service))?,
         })
     }
 }
@@ -155,9 +158,7 @@ fn keyed<'a>(key: &str, next: &mut impl FnMut() -> Option<&'a str>) -> Option<&'
 
 /// Decodes `%xx` and refuses what no name of Consul holds: nothing, `/`, control characters, `.` and `..`.
 fn decode_segment(encoded: &str) -> Result<Arc<str>, SpiffeIdError> {
-    let error = || SpiffeIdError::Segment {
-        segment: encoded.to_owned(),
-    };
+    let error = || bad_segment(encoded);
     let mut bytes = encoded.bytes();
     let mut decoded = Vec::with_capacity(encoded.len());
     while let Some(byte) = bytes.next() {
@@ -178,6 +179,12 @@ fn decode_segment(encoded: &str) -> Result<Arc<str>, SpiffeIdError> {
         || text == ".."
         || text.chars().any(|c| c == '/' || c.is_control());
     if bad { Err(error()) } else { Ok(text.into()) }
+}
+
+fn bad_segment(encoded: &str) -> SpiffeIdError {
+    SpiffeIdError::Segment {
+        segment: encoded.to_owned(),
+    }
 }
 
 fn hex_digit(byte: u8) -> Option<u8> {
@@ -226,7 +233,7 @@ impl fmt::Display for Encoded<'_> {
 }
 
 /// A text that is no id of a service.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SpiffeIdError {
     /// Longer than any id may be.
     #[error("a SPIFFE id has at most {MAX_ID_BYTES} bytes, this has {bytes}")]
@@ -249,9 +256,6 @@ pub enum SpiffeIdError {
     /// What stands for the trust domain.
     #[error(transparent)]
     TrustDomain(#[from] TrustDomainError),
-    /// What stands for the service.
-    #[error(transparent)]
-    Service(#[from] NameError),
 }
 
 #[cfg(test)]

@@ -51,7 +51,7 @@ pub fn certificate_identity(
 }
 
 /// Why a certificate with a good path is still not the right one.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PeerIdentityError {
     /// The peer sent no certificate.
     #[error("the peer sent no certificate")]
@@ -77,7 +77,7 @@ pub enum PeerIdentityError {
     #[error("the peer is {presented}, which is outside the trust domain {trust_domain}")]
     ForeignTrustDomain {
         /// The peer's id.
-        presented: SpiffeId,
+        presented: Box<SpiffeId>,
         /// Ours.
         trust_domain: TrustDomain,
     },
@@ -85,10 +85,22 @@ pub enum PeerIdentityError {
     #[error("the peer is {presented}, expected {expected}")]
     Mismatch {
         /// Who answered.
-        presented: SpiffeId,
+        presented: Box<SpiffeId>,
         /// Who should have.
-        expected: SpiffeId,
+        expected: Box<SpiffeId>,
     },
+}
+
+impl PeerIdentityError {
+    /// The verdict of one of our verifiers within what rustls made of it, which it prints as code.
+    pub(crate) fn within(error: &rustls::Error) -> Option<&Self> {
+        if let rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(inner))) = error
+        {
+            inner.downcast_ref()
+        } else {
+            None
+        }
+    }
 }
 
 impl From<PeerIdentityError> for rustls::Error {
@@ -126,8 +138,8 @@ impl ServerCertVerifier for ExpectedServer {
             Ok(ServerCertVerified::assertion())
         } else {
             Err(PeerIdentityError::Mismatch {
-                presented,
-                expected: self.expected.clone(),
+                presented: Box::new(presented),
+                expected: Box::new(self.expected.clone()),
             }
             .into())
         }
@@ -204,7 +216,7 @@ impl ClientCertVerifier for TrustDomainClients {
             Ok(verified)
         } else {
             Err(PeerIdentityError::ForeignTrustDomain {
-                presented,
+                presented: Box::new(presented),
                 trust_domain: self.trust_domain.clone(),
             }
             .into())

@@ -124,8 +124,8 @@ impl WorkloadTls {
         let presented = certificate_identity(leaf)?;
         if presented != self.identity {
             return Err(PeerIdentityError::Mismatch {
-                presented,
-                expected: self.identity.clone(),
+                presented: Box::new(presented),
+                expected: Box::new(self.identity.clone()),
             }
             .into());
         }

@@ -38,10 +38,11 @@ impl CertificateSummary {
         let uri = names.and_then(|names| {
             let mut names = names.value.general_names.iter();
             names.find_map(|name| {
-                let GeneralName::URI(uri) = name else {
-                    return None;
-                };
-                Some((*uri).to_owned())
+                if let GeneralName::URI(uri) = name {
+                    Some((*uri).to_owned())
+                } else {
+                    None
+                }
             })
         });
         Ok(Self {

@@ -10,6 +10,7 @@ mod files;
 use std::{
     fmt,
     path::{Path, PathBuf},
+    slice,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -35,12 +36,12 @@ use super::{
 use crate::catalog::model::NodeName;
 
 /// Ten years, as Consul's root.
-const ROOT_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+const ROOT_LIFE: Duration = Duration::from_hours(10 * 365 * 24);
 
 /// Certificates are valid from a little before they are made, for nodes whose clocks are behind: an hour for
 /// CAs, which are made by hand, a minute for leaves, which are used at once.
-const CA_BACKDATE: Duration = Duration::from_secs(3600);
-const LEAF_BACKDATE: Duration = Duration::from_secs(60);
+const CA_BACKDATE: Duration = Duration::from_hours(1);
+const LEAF_BACKDATE: Duration = Duration::from_mins(1);
 
 /// X.520's upper bound of a common name.
 const MAX_COMMON_NAME: usize = 64;
@@ -172,7 +173,7 @@ impl BuiltinCa {
     ) -> Result<Self, CaError> {
         let authority = Authority::read(files)?;
         authority.check_validity(clock.now())?;
-        let bundle = Arc::new(read_roots(files, &trust_domain)?);
+        let bundle = Arc::new(authority.read_roots(files, &trust_domain)?);
         let ca = Self {
             authority,
             trust_domain,
@@ -190,7 +191,7 @@ impl BuiltinCa {
     /// # Errors
     /// As [`BuiltinCa::load`]; the roots from before stay.
     pub fn reload_roots(&self, files: &CaFiles) -> Result<(), CaError> {
-        let bundle = Arc::new(read_roots(files, &self.trust_domain)?);
+        let bundle = Arc::new(self.authority.read_roots(files, &self.trust_domain)?);
         self.check_leaves_verify(Arc::clone(&bundle))?;
         let changed = self.roots.borrow().certificates() != bundle.certificates();
         if changed {
@@ -208,7 +209,7 @@ impl BuiltinCa {
     fn check_leaves_verify(&self, bundle: Arc<TrustBundle>) -> Result<(), CaError> {
         let failed = |source| CaError::LeavesDoNotVerify {
             path: self.authority.path.clone(),
-            source,
+            source: Box::new(source),
         };
         let identity = format!("{}/ns/default/dc/check/svc/check", self.trust_domain.uri())
             .parse::<SpiffeId>()
@@ -216,7 +217,7 @@ impl BuiltinCa {
         let leaf = self.issue_now(&identity).map_err(failed)?;
         WorkloadTls::new(identity, &leaf, bundle, Arc::clone(&self.clock))
             .map(|_tls| ())
-            .map_err(|source| failed(IssueError::Unusable { source }))
+            .map_err(|source| failed(IssueError::unusable(source)))
     }
 
     fn issue_now(&self, identity: &SpiffeId) -> Result<Leaf, IssueError> {
@@ -324,6 +325,32 @@ impl Authority {
             not_after: self.summary.not_after,
         })
     }
+    fn read_roots(
+        &self,
+        files: &CaFiles,
+        trust_domain: &TrustDomain,
+    ) -> Result<TrustBundle, CaError> {
+        let mut paths = files.roots.as_slice();
+        if paths.is_empty() {
+            // A node that trusted its own intermediate alone would start, and reach no other node.
+            if !self.summary.is_self_issued() {
+                return Err(CaError::RootsMissing {
+                    path: self.path.clone(),
+                });
+            }
+            paths = slice::from_ref(&files.certificate);
+        }
+        let mut roots = Vec::new();
+        for path in paths {
+            for root in files::read_certificates(path)? {
+                if !CertificateSummary::of(path, &root)?.is_ca {
+                    return Err(CaError::NotACa { path: path.clone() });
+                }
+                roots.push(root);
+            }
+        }
+        TrustBundle::new(trust_domain.clone(), roots).map_err(|source| CaError::Roots { source })
+    }
 }
 
 impl fmt::Debug for Authority {
@@ -332,23 +359,6 @@ impl fmt::Debug for Authority {
             .field("summary", &self.summary)
             .finish_non_exhaustive()
     }
-}
-
-fn read_roots(files: &CaFiles, trust_domain: &TrustDomain) -> Result<TrustBundle, CaError> {
-    let mut paths = files.roots.as_slice();
-    if paths.is_empty() {
-        paths = std::slice::from_ref(&files.certificate);
-    }
-    let mut roots = Vec::new();
-    for path in paths {
-        for root in files::read_certificates(path)? {
-            if !CertificateSummary::of(path, &root)?.is_ca {
-                return Err(CaError::NotACa { path: path.clone() });
-            }
-            roots.push(root);
-        }
-    }
-    TrustBundle::new(trust_domain.clone(), roots).map_err(|source| CaError::Roots { source })
 }
 
 fn ca_params(
@@ -360,10 +370,8 @@ fn ca_params(
     let mut params = CertificateParams::default();
     // With a part of the key's id, so that the names of an old and a new root differ.
     let id = params.key_identifier(key);
-    let id = id
-        .iter()
-        .take(4)
-        .fold(0_u32, |id, byte| id << 8 | u32::from(*byte));
+    let id = id.first_chunk().copied().map(u32::from_be_bytes);
+    let id = id.unwrap_or_default();
     params.distinguished_name = common_name_of(&format!("Sidestep CA {id:08x} {whose}"));
     params.subject_alt_names = vec![uri(&trust_domain.uri()).map_err(sign)?];
     params.is_ca = IsCa::Ca(constraints);
@@ -489,13 +497,19 @@ pub enum CaError {
         /// The CA certificate's file.
         path: PathBuf,
         /// What issuing a leaf or path validation said.
-        source: IssueError,
+        source: Box<IssueError>,
     },
     /// The trust domain makes no id of a service.
     #[error("the trust domain cannot be used")]
     TrustDomain {
         /// Why not.
         source: SpiffeIdError,
+    },
+    /// An intermediate, and no root is named.
+    #[error("the CA certificate in {} is an intermediate: name its root in identity.ca.roots", path.display())]
+    RootsMissing {
+        /// The CA certificate's file.
+        path: PathBuf,
     },
     /// The roots make no bundle.
     #[error("the roots cannot be used")]
@@ -516,3 +530,6 @@ pub enum CaError {
         source: pkcs8::Error,
     },
 }
+
+#[cfg(test)]
+mod tests;

@@ -34,7 +34,7 @@ const ISSUE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// The longest that a keeper sleeps before it reads the clock again: the time of day may have jumped, and
 /// the monotonic clock stands still while the machine is suspended.
-const LONGEST_SLEEP: Duration = Duration::from_secs(60);
+const LONGEST_SLEEP: Duration = Duration::from_mins(1);
 
 /// The certificates in use on this node. Clones share them.
 #[derive(Clone)]
@@ -306,7 +306,7 @@ impl Keeper {
             bundle,
             Arc::clone(&self.shared.clock),
         )
-        .map_err(|source| IssueError::Unusable { source })
+        .map_err(IssueError::unusable)
     }
 
     fn failed(&mut self, error: IssueError) -> SystemTime {

@@ -16,7 +16,7 @@ const RENEW_UNTIL: f64 = 0.9;
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 
 /// The longest wait between two attempts: a provider that is back is noticed within five minutes.
-const LONGEST_RETRY: Duration = Duration::from_secs(300);
+const LONGEST_RETRY: Duration = Duration::from_mins(5);
 
 /// When a leaf of this validity is to be renewed.
 pub(super) fn renew_at(
@@ -111,7 +111,7 @@ mod tests {
                 "{wait:?}"
             );
         }
-        let left = Some(Duration::from_secs(60));
+        let left = Some(Duration::from_mins(1));
         assert!(retry_after(40, left, &jitter) <= Duration::from_secs(6));
         assert!(retry_after(40, Some(Duration::ZERO), &jitter) >= Duration::from_millis(500));
     }

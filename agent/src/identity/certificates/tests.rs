@@ -1,122 +1,304 @@
-//! Issuing, renewing and running out, on a clock that tests move.
+//! Tests of issuing, renewing and failing, with the clock paused.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use tempfile::{TempDir, tempdir};
+use tokio::time::Instant;
 
 use super::*;
 use crate::identity::{
-    ca::{self, BuiltinCa, CaFiles},
+    ca::BuiltinCa,
     clock::TokioClock,
-    provider::{BoxFuture, Leaf, TrustBundle},
+    provider::{BoxFuture, Leaf},
+    testing::{self, DAY, TestCa, builtin_ca, id, trust_domain},
 };
 
-const LIFE: Duration = Duration::from_secs(24 * 3600);
-
-/// The built-in CA, counted, and broken at will.
-#[derive(Debug)]
-struct Counted {
-    ca: BuiltinCa,
-    issued: AtomicUsize,
-    broken: AtomicBool,
+/// How the provider answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Works,
+    TakesOneSecond,
+    Fails,
+    Hangs,
+    NamesSomebodyElse,
 }
 
-impl CertificateProvider for Counted {
+/// The built-in CA with an off switch.
+#[derive(Debug)]
+struct Moody {
+    ca: BuiltinCa,
+    mode: Mutex<Mode>,
+    attempts: AtomicUsize,
+    roots: watch::Sender<Arc<TrustBundle>>,
+}
+
+impl Moody {
+    fn set(&self, mode: Mode) {
+        *self.mode.lock() = mode;
+    }
+
+    fn attempts(&self) -> usize {
+        self.attempts.load(Ordering::Relaxed)
+    }
+}
+
+impl CertificateProvider for Moody {
     fn issue<'a>(&'a self, identity: &'a SpiffeId) -> BoxFuture<'a, Result<Leaf, IssueError>> {
-        if self.broken.load(Ordering::Relaxed) {
-            let after = Duration::ZERO;
-            return Box::pin(async move { Err(IssueError::Timeout { after }) });
-        }
-        self.issued.fetch_add(1, Ordering::Relaxed);
-        self.ca.issue(identity)
+        self.attempts.fetch_add(1, Ordering::Relaxed);
+        let mode = *self.mode.lock();
+        Box::pin(async move {
+            match mode {
+                Mode::Works => self.ca.issue(identity).await,
+                Mode::TakesOneSecond => {
+                    sleep(Duration::from_secs(1)).await;
+                    self.ca.issue(identity).await
+                }
+                Mode::Fails => Err(IssueError::ForeignTrustDomain {
+                    identity: identity.clone(),
+                    trust_domain: trust_domain(),
+                }),
+                Mode::Hangs => std::future::pending().await,
+                Mode::NamesSomebodyElse => self.ca.issue(&id("somebody-else")).await,
+            }
+        })
     }
 
     fn roots(&self) -> watch::Receiver<Arc<TrustBundle>> {
-        self.ca.roots()
+        self.roots.subscribe()
     }
 }
 
-fn setup() -> (Certificates, Arc<Counted>) {
-    let directory = tempfile::tempdir().unwrap();
-    let files = CaFiles {
-        certificate: directory.path().join("root.pem"),
-        key: directory.path().join("root-key.pem"),
-        passphrase_file: None,
-        roots: vec![directory.path().join("root.pem")],
-    };
-    let clock = TokioClock::starting_at(SystemTime::now());
-    let trust_domain = "example.test".parse().unwrap();
-    ca::init(&trust_domain, &files, &*clock).unwrap();
-    let clock: Arc<dyn Clock> = clock;
-    let ca = BuiltinCa::load(&files, trust_domain, LIFE, Arc::clone(&clock)).unwrap();
-    let counted = Arc::new(Counted {
-        ca,
-        issued: AtomicUsize::new(0),
-        broken: AtomicBool::new(false),
-    });
-    let provider = Arc::<Counted>::clone(&counted);
-    let certificates = Certificates::new(provider, clock, Jitter::seeded(7), Shutdown::default());
-    (certificates, counted)
+struct Scene {
+    provider: Arc<Moody>,
+    clock: Arc<TokioClock>,
+    certificates: Certificates,
+    shutdown: Shutdown,
+    _directory: TempDir,
 }
 
-fn web() -> SpiffeId {
-    "spiffe://example.test/ns/default/dc/dc1/svc/web"
-        .parse()
-        .unwrap()
-}
+impl Scene {
+    fn new(mode: Mode) -> Self {
+        let directory = tempdir().unwrap();
+        let clock = TokioClock::starting_at(SystemTime::now());
+        let clock_again: Arc<dyn Clock> = Arc::<TokioClock>::clone(&clock);
+        let ca = builtin_ca(directory.path(), DAY, Arc::clone(&clock_again));
+        let roots = Arc::clone(&ca.roots().borrow());
+        let provider = Arc::new(Moody {
+            ca,
+            mode: Mutex::new(mode),
+            attempts: AtomicUsize::new(0),
+            roots: watch::Sender::new(roots),
+        });
+        let shutdown = Shutdown::default();
+        let certificates = Certificates::new(
+            Arc::<Moody>::clone(&provider),
+            clock_again,
+            Jitter::seeded(3),
+            shutdown.clone(),
+        );
+        Self {
+            provider,
+            clock,
+            certificates,
+            shutdown,
+            _directory: directory,
+        }
+    }
 
-#[tokio::test(start_paused = true)]
-async fn concurrent_callers_share_one_issuance() {
-    let (certificates, counted) = setup();
-    let identity = web();
-    let (one, other) = tokio::join!(
-        certificates.for_identity(&identity),
-        certificates.for_identity(&identity)
-    );
-    assert!(Arc::ptr_eq(&one.unwrap(), &other.unwrap()));
-    assert_eq!(counted.issued.load(Ordering::Relaxed), 1);
-}
+    async fn web(&self) -> Result<Arc<WorkloadTls>, CertificateError> {
+        self.certificates.for_identity(&id("web")).await
+    }
 
-#[tokio::test(start_paused = true)]
-async fn a_leaf_is_renewed_between_60_and_90_percent_of_its_life() {
-    let (certificates, counted) = setup();
-    let first = certificates.for_identity(&web()).await.unwrap();
-    sleep(LIFE * 59 / 100).await;
-    assert_eq!(counted.issued.load(Ordering::Relaxed), 1);
-    sleep(LIFE * 32 / 100).await;
-    assert_eq!(counted.issued.load(Ordering::Relaxed), 2);
-    let second = certificates.for_identity(&web()).await.unwrap();
-    assert!(second.not_after() > first.not_after());
+    fn status(&self) -> CertificateStatus {
+        self.certificates.status().remove(0)
+    }
 }
 
 #[tokio::test(start_paused = true)]
-async fn while_the_issuer_is_away_the_leaf_serves_until_it_expires_and_no_longer() {
-    let (certificates, counted) = setup();
-    let first = certificates.for_identity(&web()).await.unwrap();
-    counted.broken.store(true, Ordering::Relaxed);
-    sleep(LIFE * 95 / 100).await;
-    let still = certificates.for_identity(&web()).await.unwrap();
-    assert_eq!(still.not_after(), first.not_after());
-    assert!(certificates.status()[0].last_error.is_some());
-    sleep(LIFE * 10 / 100).await;
-    let expired = certificates.for_identity(&web()).await.unwrap_err();
+async fn concurrent_first_uses_share_one_issuance() {
+    let scene = Scene::new(Mode::TakesOneSecond);
+    let started = Instant::now();
+    let (a, b, c) = tokio::join!(scene.web(), scene.web(), scene.web());
+    let (a, b, c) = (a.unwrap(), b.unwrap(), c.unwrap());
+    assert!(Arc::ptr_eq(&a, &b) && Arc::ptr_eq(&b, &c));
+    assert!(started.elapsed() < Duration::from_secs(2));
+    assert_eq!(scene.provider.attempts(), 1);
+    assert_eq!(a.identity(), &id("web"));
     assert!(
-        matches!(expired, CertificateError::Expired { .. }),
-        "{expired}"
+        Arc::ptr_eq(&a, &scene.web().await.unwrap()),
+        "built once, not per connection"
     );
-
-    counted.broken.store(false, Ordering::Relaxed);
-    sleep(Duration::from_secs(3600)).await;
-    certificates.for_identity(&web()).await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_identity_of_another_trust_domain_is_not_issued() {
-    let (certificates, _counted) = setup();
-    let foreign = "spiffe://other.test/ns/default/dc/dc1/svc/web"
-        .parse()
-        .unwrap();
-    let error = certificates.for_identity(&foreign).await.unwrap_err();
+async fn a_caller_that_gives_up_does_not_stop_the_issuance() {
+    let scene = Scene::new(Mode::TakesOneSecond);
+    let impatient = timeout(Duration::from_millis(10), scene.web()).await;
+    impatient.unwrap_err();
+    scene.web().await.unwrap();
+    assert_eq!(scene.provider.attempts(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn leaves_are_renewed_at_60_to_90_percent_of_their_life() {
+    let scene = Scene::new(Mode::Works);
+    let mut current = scene.web().await.unwrap();
+    for _ in 0..5 {
+        let life = current
+            .not_after()
+            .duration_since(current.not_before())
+            .unwrap();
+        let due = scene.status().renew_at.unwrap();
+        let part = due
+            .duration_since(current.not_before())
+            .unwrap()
+            .as_secs_f64()
+            / life.as_secs_f64();
+        assert!((0.6..=0.9).contains(&part), "{part}");
+
+        let just_before = due - Duration::from_secs(1);
+        sleep(just_before.duration_since(scene.clock.now()).unwrap()).await;
+        assert!(
+            Arc::ptr_eq(&current, &scene.web().await.unwrap()),
+            "renewed early"
+        );
+        sleep(Duration::from_secs(2)).await;
+        let next = scene.web().await.unwrap();
+        assert!(next.not_after() > current.not_after(), "renewed late");
+        current = next;
+    }
+    assert_eq!(scene.provider.attempts(), 6);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_old_leaf_serves_until_it_expires_and_no_longer() {
+    let scene = Scene::new(Mode::Works);
+    let first = scene.web().await.unwrap();
+    scene.provider.set(Mode::Fails);
+    let just_before = first.not_after() - Duration::from_secs(1);
+    sleep(just_before.duration_since(scene.clock.now()).unwrap()).await;
+    assert!(Arc::ptr_eq(&first, &scene.web().await.unwrap()));
+    let failing = scene.status();
+    assert!(failing.last_error.is_some());
+    assert_eq!(failing.not_after, Some(first.not_after()));
+
+    sleep(Duration::from_secs(1)).await;
+    let error = scene.web().await.unwrap_err();
+    assert!(
+        matches!(
+            error,
+            CertificateError::Expired {
+                source: Some(_),
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+
+    scene.provider.set(Mode::Works);
+    sleep(Duration::from_secs(301)).await;
+    let back = scene.web().await.unwrap();
+    assert!(back.not_after() > first.not_after());
+    assert!(scene.status().last_error.is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn failed_attempts_are_spaced_out_and_never_stop() {
+    let scene = Scene::new(Mode::Fails);
+    let error = scene.web().await.unwrap_err();
     assert!(
         matches!(error, CertificateError::NotIssued { .. }),
-        "{error}"
+        "{error:?}"
     );
+    // More callers make no more attempts.
+    for _ in 0..50 {
+        scene.web().await.unwrap_err();
+    }
+    assert_eq!(scene.provider.attempts(), 1);
+    sleep(Duration::from_hours(1)).await;
+    let in_an_hour = scene.provider.attempts();
+    assert!((18..=40).contains(&in_an_hour), "{in_an_hour}");
+    scene.provider.set(Mode::Works);
+    sleep(Duration::from_mins(5)).await;
+    scene.web().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_provider_that_hangs_is_given_up() {
+    let scene = Scene::new(Mode::Hangs);
+    let error = scene.web().await.unwrap_err();
+    let CertificateError::NotIssued { source, .. } = error else {
+        panic!("{error:?}");
+    };
+    assert!(matches!(&*source, IssueError::Timeout { .. }), "{source:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_certificate_for_somebody_else_is_not_used() {
+    let scene = Scene::new(Mode::NamesSomebodyElse);
+    let error = scene.web().await.unwrap_err();
+    let text = chain(&error).to_string();
+    assert!(
+        text.contains("svc/somebody-else, expected spiffe://"),
+        "{text}"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn added_roots_are_trusted_at_once_with_the_same_leaf() {
+    let scene = Scene::new(Mode::Works);
+    let before = scene.web().await.unwrap();
+    let next = TestCa::root("next");
+    let own = before.bundle().certificates().to_vec();
+    let both = own.into_iter().chain([next.certificate()]);
+    let both = Arc::new(TrustBundle::new(trust_domain(), both).unwrap());
+    scene.provider.roots.send_replace(both);
+    sleep(Duration::from_millis(1)).await;
+    let after = scene.web().await.unwrap();
+    assert_eq!(after.bundle().certificates().len(), 2);
+    assert_eq!(after.not_after(), before.not_after());
+    assert_eq!(scene.provider.attempts(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_leaf_of_a_removed_root_is_issued_anew() {
+    let scene = Scene::new(Mode::Works);
+    scene.web().await.unwrap();
+    let next = testing::bundle(&[&TestCa::root("next")]);
+    scene.provider.roots.send_replace(next);
+    sleep(Duration::from_millis(1)).await;
+    assert_eq!(scene.provider.attempts(), 2);
+    // The authority still signs with the removed root, so what it issued is not taken; the old leaf serves.
+    let status = scene.status();
+    assert!(matches!(
+        status.last_error.as_deref(),
+        Some(IssueError::Unusable { .. })
+    ));
+    assert_eq!(scene.web().await.unwrap().bundle().certificates().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn identities_no_longer_wanted_are_dropped() {
+    let scene = Scene::new(Mode::Works);
+    scene.web().await.unwrap();
+    scene.certificates.for_identity(&id("db")).await.unwrap();
+    assert_eq!(scene.certificates.status().len(), 2);
+    scene.certificates.retain(|identity| *identity == id("db"));
+    assert_eq!(scene.certificates.status().len(), 1);
+    let issued = scene.provider.attempts();
+    sleep(DAY).await;
+    assert_eq!(scene.provider.attempts(), issued + 1, "only db is renewed");
+    scene.web().await.unwrap();
+    assert_eq!(scene.provider.attempts(), issued + 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn keepers_end_with_the_agent() {
+    let scene = Scene::new(Mode::Works);
+    scene.web().await.unwrap();
+    // They do not hold up draining, and end once nothing needs certificates any more.
+    assert_eq!(scene.shutdown.run("test", Duration::from_secs(1)).await, 0);
+    scene.web().await.unwrap();
+    sleep(DAY).await;
+    assert_eq!(scene.provider.attempts(), 1, "nothing is renewed any more");
 }
