@@ -19,9 +19,6 @@ use crate::{
 /// A peer that vanished without a word is noticed after idle + interval * retries.
 const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(60), Duration::from_secs(15), 4);
 
-/// Sent bytes that nobody acknowledges for so long end the connection.
-const UNACKNOWLEDGED: Duration = Duration::from_secs(120);
-
 /// Where a tunnel goes, and who must be there.
 #[derive(Debug)]
 pub struct Target<'a> {
@@ -200,6 +197,6 @@ fn prepare(stream: &TcpStream) -> io::Result<()> {
         .with_time(idle)
         .with_interval(interval)
         .with_retries(retries);
-    socket.set_tcp_keepalive(&keepalive)?;
-    socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED))
+    // No TCP_USER_TIMEOUT: it also ends a connection whose receiver only pauses reading (6.18, measured).
+    socket.set_tcp_keepalive(&keepalive)
 }
