@@ -1,6 +1,7 @@
 //! Loading the object, configuring it, attaching its programs.
 
 use std::{
+    collections::BTreeSet,
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
@@ -92,7 +93,7 @@ pub(super) fn load(settings: &DatapathSettings) -> Result<Datapath, DatapathErro
     }
     for cgroup in outermost(&settings.cgroups) {
         for hooked in WORKLOAD_PROGRAMS {
-            links.push(attach(&object, hooked, cgroup)?);
+            links.push(attach(&object, hooked, &cgroup)?);
         }
     }
     Ok(Datapath {
@@ -106,6 +107,8 @@ pub(super) fn load(settings: &DatapathSettings) -> Result<Datapath, DatapathErro
 
 /// Creates the maps; no program is in the kernel yet.
 ///
+/// There is room for two catalogs: the new one is written before the old one is deleted.
+///
 /// # Errors
 /// [`DatapathError::NoObject`] or [`DatapathError::Object`].
 pub fn open_object(max_vips: u32, max_flows: u32) -> Result<Ebpf, DatapathError> {
@@ -115,8 +118,8 @@ pub fn open_object(max_vips: u32, max_flows: u32) -> Result<Ebpf, DatapathError>
     let mut loader = EbpfLoader::new();
     loader
         .verifier_log_level(VerifierLogLevel::STATS)
-        .map_max_entries("VIPS", max_vips)
-        .map_max_entries("ADDRESSES", max_vips)
+        .map_max_entries("VIPS", max_vips.saturating_mul(2))
+        .map_max_entries("ADDRESSES", max_vips.saturating_mul(2))
         .map_max_entries("FLOWS", max_flows);
     loader.load(OBJECT).map_err(|source| DatapathError::Object {
         advice: "root or CAP_BPF is needed; `sidestep check` shows what else is missing",
@@ -223,12 +226,19 @@ fn level_of(cgroup: &Path) -> Result<u32, DatapathError> {
     }
 }
 
-/// Leaves out cgroups that are below another of the list: programs run for everything below.
-fn outermost(cgroups: &[PathBuf]) -> impl Iterator<Item = &PathBuf> {
-    let is_below = |cgroup: &PathBuf, other: &PathBuf| cgroup != other && cgroup.starts_with(other);
-    cgroups
-        .iter()
-        .filter(move |cgroup| !cgroups.iter().any(|other| is_below(cgroup, other)))
+/// Each cgroup once, and none that is below another of the list. Programs run for everything below, and to run
+/// twice for one connect would be once too often: the second time it is aimed at the agent already.
+fn outermost(cgroups: &[PathBuf]) -> Vec<PathBuf> {
+    // A name that cannot be resolved is left for attaching to complain about.
+    let resolved = |cgroup: &PathBuf| cgroup.canonicalize().unwrap_or_else(|_| cgroup.clone());
+    let mut outermost: Vec<PathBuf> = Vec::new();
+    // Sorted, a cgroup comes before those below it.
+    for cgroup in cgroups.iter().map(resolved).collect::<BTreeSet<_>>() {
+        if !outermost.iter().any(|above| cgroup.starts_with(above)) {
+            outermost.push(cgroup);
+        }
+    }
+    outermost
 }
 
 fn attach(object: &Ebpf, hooked: Hooked, cgroup: &Path) -> Result<Link, DatapathError> {

@@ -124,7 +124,7 @@ counted! {
         Published = 16, "published";
         /// Moved to the accepted socket.
         Moved = 17, "moved";
-        /// Removed, since the connect failed.
+        /// Removed with the application's socket: nobody accepted.
         Removed = 18, "removed";
         /// Not published: the map is full. The agent closes the connection.
         Full = 19, "full";

@@ -2,13 +2,14 @@
 //!
 //! The application's side publishes it before its SYN leaves: later would be too late, since with TCP
 //! Fast Open the agent may accept before the application's side is established. The agent's side takes
-//! it as its socket comes to be. What no agent takes is removed as the connect fails, or swept by age.
+//! it as its socket comes to be. What no agent takes goes with the application's socket: were it to stay,
+//! whoever gets the same ports next would be taken for that application. The agent's sweep is for sockets
+//! whose end no program sees.
 
 use aya_ebpf::{
     bindings::{
-        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
-        BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB,
-        BPF_TCP_CLOSE, BPF_TCP_SYN_SENT,
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE,
     },
     helpers::generated::bpf_ktime_get_ns,
     macros::sock_ops,
@@ -30,8 +31,6 @@ pub fn sidestep_flows(context: SockOpsContext) -> u32 {
         publish(context);
     } else if operation == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB {
         take(context);
-    } else if operation == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB {
-        disarm(context);
     } else if operation == BPF_SOCK_OPS_STATE_CB {
         withdraw(context);
     }
@@ -106,30 +105,14 @@ fn take(context: SockOps) {
     report::count(event.slot());
 }
 
-/// The connect succeeded: state changes are of no more interest.
-#[inline(always)]
-fn disarm(context: SockOps) {
-    let flags = context.callback_flags();
-    if flags & BPF_SOCK_OPS_STATE_CB_FLAG == 0 {
-        return;
-    }
-    let Some(socket) = context.socket() else {
-        return;
-    };
-    let Some(stored) = origins::of(socket) else {
-        return;
-    };
-    if stored.flags & STATE_CALLBACK_ARMED != 0 {
-        stored.flags &= !STATE_CALLBACK_ARMED;
-        let _ = context.set_callback_flags(flags & !BPF_SOCK_OPS_STATE_CB_FLAG);
-    }
-}
-
-/// The connect failed or was given up: nobody will take what was published.
+/// The application's socket ends, its ports become free: nobody may take what was published for it.
+///
+/// Not before that: an application may be done with a connection that waits for a place in the listener's
+/// queue. Its socket lives on in the kernel until the agent's side was established.
 #[inline(always)]
 fn withdraw(context: SockOps) {
-    let (left, entered) = context.states();
-    if left != BPF_TCP_SYN_SENT || entered != BPF_TCP_CLOSE {
+    let (_left, entered) = context.states();
+    if entered != BPF_TCP_CLOSE {
         return;
     }
     let ends = context.ends();
@@ -140,4 +123,20 @@ fn withdraw(context: SockOps) {
         report::count(FlowEvent::Removed.slot());
     }
     disarm(context);
+}
+
+/// The socket may be used again, for connections that are not captured.
+#[inline(always)]
+fn disarm(context: SockOps) {
+    let Some(socket) = context.socket() else {
+        return;
+    };
+    let Some(stored) = origins::of(socket) else {
+        return;
+    };
+    if stored.flags & STATE_CALLBACK_ARMED != 0 {
+        stored.flags &= !STATE_CALLBACK_ARMED;
+        let flags = context.callback_flags() & !BPF_SOCK_OPS_STATE_CB_FLAG;
+        let _ = context.set_callback_flags(flags);
+    }
 }

@@ -1,0 +1,257 @@
+//! Capture at its limits: maps that are full, listeners that are, callers that may do little.
+//!
+//! As in `client_behaviour.rs` no agent runs: the datapath is the test's own, and this process the agent.
+
+#![expect(
+    clippy::tests_outside_test_module,
+    clippy::unwrap_used,
+    reason = "an integration test is a test module, its support included"
+)]
+
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, SocketAddr},
+    os::fd::AsFd as _,
+    path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Duration,
+};
+
+use bpf_tests::{
+    cgroup::Cgroup,
+    namespace::Namespace,
+    program::Program,
+    scratch::Scratch,
+    wait::{SOON, wait_for_value},
+};
+use sidestep::datapath::{
+    Captured, Datapath, DatapathSettings, FlowEvent, ServiceId, Verdict, VipRanges, VipTarget,
+    listener::{self, CaptureListeners},
+    netns::Netns,
+};
+
+const PORT: u16 = 15_001;
+
+/// Smaller than anything else here is, so that it is reached.
+const FEW: u32 = 64;
+
+struct Bench {
+    datapath: Datapath,
+    listeners: CaptureListeners,
+    workload: Cgroup,
+    namespace: Namespace,
+    home: Cgroup,
+    _scratch: Scratch,
+}
+
+impl Bench {
+    /// `attach` names the cgroups to attach to, given that of the workloads; `prepare` may change the namespace.
+    fn new(
+        purpose: &str,
+        attach: impl FnOnce(PathBuf) -> Vec<PathBuf>,
+        prepare: impl FnOnce(&Namespace),
+    ) -> Self {
+        let scratch = Scratch::new(purpose).unwrap();
+        let agent = scratch.cgroup().child("agent").unwrap();
+        let workload = scratch.cgroup().child("workload").unwrap();
+        let namespace = Namespace::create(&scratch, "a").unwrap();
+        prepare(&namespace);
+        let home = home();
+        agent.enter().unwrap();
+        let datapath = Datapath::load(&DatapathSettings {
+            cgroups: attach(workload.directory().to_owned()),
+            agent_cgroup: agent.directory().to_owned(),
+            vip_ranges: VipRanges {
+                ipv4: "240.0.0.0/4".parse().unwrap(),
+                ipv6: "fd00:1::/64".parse().unwrap(),
+            },
+            max_vips: FEW,
+            max_flows: 65_536,
+            so_original_dst: false,
+            debug: false,
+        })
+        .unwrap();
+        let netns = Netns::open(namespace.path()).unwrap();
+        let listeners = listener::listen(&netns, PORT).unwrap();
+        datapath.reconcile(&catalog(0)).unwrap();
+        datapath.enrol_netns(netns.cookie().unwrap(), PORT).unwrap();
+        Self {
+            datapath,
+            listeners,
+            workload,
+            namespace,
+            home,
+            _scratch: scratch,
+        }
+    }
+
+    fn client(&self, cgroup: &Cgroup, script: &str) -> String {
+        let script = format!("import errno, os, socket\n{script}");
+        Program::new("python3")
+            .args(["-c", &script])
+            .in_cgroup(cgroup)
+            .in_namespace(&self.namespace)
+            .run(SOON)
+            .unwrap()
+    }
+
+    fn accept(&self) -> Option<Captured> {
+        let stream = wait_for_value("a connection", SOON, || {
+            Ok(self.listeners.v4.accept().ok().map(|(stream, _)| stream))
+        })
+        .unwrap();
+        self.datapath.captured(stream.as_fd()).unwrap()
+    }
+
+    fn count(&self, verdict: Verdict) -> u64 {
+        let counters = self.datapath.counters().unwrap();
+        let found = counters
+            .into_iter()
+            .find(|(counted, _)| *counted == verdict);
+        found.unwrap().1
+    }
+
+    fn flows(&self, event: FlowEvent) -> u64 {
+        let counters = self.datapath.flow_counters().unwrap();
+        let found = counters.into_iter().find(|(counted, _)| *counted == event);
+        found.unwrap().1
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        // Its cgroup goes with the scratch run; this process must not be in it.
+        let _left = self.home.enter();
+    }
+}
+
+fn home() -> Cgroup {
+    let own = std::fs::read_to_string("/proc/self/cgroup").unwrap();
+    let path = own
+        .lines()
+        .find_map(|line| line.strip_prefix("0::"))
+        .unwrap();
+    Cgroup::create(path).unwrap()
+}
+
+/// As many destinations as there may be, all in one /24 of 240/8 that `network` chooses.
+fn catalog(network: u8) -> BTreeMap<SocketAddr, VipTarget> {
+    let target = VipTarget {
+        service: ServiceId(1),
+        reachable: true,
+    };
+    (0..FEW)
+        .map(|host| {
+            let host = u8::try_from(host).unwrap();
+            (
+                SocketAddr::from((Ipv4Addr::new(240, 0, network, host), 80)),
+                target,
+            )
+        })
+        .collect()
+}
+
+#[test]
+fn a_full_catalog_can_be_replaced_by_another() {
+    let bench = Bench::new("replace", |workload| vec![workload], |_| {});
+    let changed = bench.datapath.reconcile(&catalog(1)).unwrap();
+    let few = FEW as usize;
+    assert_eq!(
+        (changed.added, changed.changed, changed.removed),
+        (few, 0, few)
+    );
+}
+
+#[test]
+fn a_cgroup_that_is_listed_twice_captures_as_if_listed_once() {
+    let twice = |workload: PathBuf| vec![workload.clone(), workload];
+    let bench = Bench::new("twice", twice, |_| {});
+    bench.client(
+        &bench.workload,
+        "s = socket.create_connection(('240.0.0.5', 80)); print(s.getpeername())",
+    );
+    let captured = bench.accept().unwrap();
+    assert_eq!(captured.destination, "240.0.0.5:80".parse().unwrap());
+}
+
+#[test]
+fn a_socket_that_may_not_leave_its_device_is_refused() {
+    let bench = Bench::new(
+        "device",
+        |workload| vec![workload],
+        |namespace| {
+            namespace
+                .ip("link add dev0 type veth peer name dev1")
+                .unwrap();
+        },
+    );
+    // Without CAP_NET_RAW a socket is bound to a device once; loopback cannot be reached from there.
+    let said = bench.client(
+        &bench.workload,
+        r"
+os.setgid(65534); os.setuid(65534)
+s = socket.socket()
+s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b'dev0')
+print(errno.errorcode[s.connect_ex(('240.0.0.5', 80))])
+print(s.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16).rstrip(b'\0').decode())",
+    );
+    assert_eq!(said.trim(), "ECONNREFUSED\ndev0");
+    assert_eq!(bench.count(Verdict::RefusedDevice), 1);
+}
+
+/// Were one published connection to outlive its socket, whoever gets its ports would be taken for the workload.
+#[test]
+fn what_was_published_for_a_connection_that_is_aborted_goes_with_it() {
+    let bench = Bench::new(
+        "overload",
+        |workload| vec![workload],
+        |namespace| {
+            namespace.set_ipv4("../core/somaxconn", "4").unwrap();
+        },
+    );
+    let is_done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        // Draining keeps the queue at its edge, where the client is established and the listener is not.
+        scope.spawn(|| {
+            while !is_done.load(Ordering::Relaxed) {
+                let _drained = bench.listeners.v4.accept();
+            }
+        });
+        bench.client(&bench.workload, ABORTING_CLIENTS);
+        is_done.store(true, Ordering::Relaxed);
+    });
+    let [published, moved, removed, full] = [
+        FlowEvent::Published,
+        FlowEvent::Moved,
+        FlowEvent::Removed,
+        FlowEvent::Full,
+    ]
+    .map(|event| bench.flows(event));
+    assert!(moved > 0 && removed > 0, "{moved} moved, {removed} removed");
+    assert_eq!((published, full), (moved + removed, 0));
+    assert_eq!(bench.datapath.sweep_flows(Duration::ZERO).unwrap(), 0);
+}
+
+/// Eight processes that connect and reset at once, again and again.
+const ABORTING_CLIENTS: &str = r"
+import struct, time
+end = time.monotonic() + 2
+children = []
+for _ in range(8):
+    child = os.fork()
+    if child == 0:
+        while time.monotonic() < end:
+            sockets = []
+            for host in range(20):
+                s = socket.socket()
+                s.setblocking(False)
+                s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+                s.connect_ex(('240.0.0.%d' % host, 80))
+                sockets.append(s)
+            for s in sockets:
+                s.close()
+        os._exit(0)
+    children.append(child)
+for child in children:
+    os.waitpid(child, 0)";
