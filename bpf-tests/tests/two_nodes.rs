@@ -45,6 +45,7 @@ claims! {
     a_dead_instance_costs_no_connection
     a_broken_file_changes_nothing
     a_bad_reload_changes_nothing
+    decisions_are_logged_while_asked_for
     every_connection_is_counted_once
     a_stop_drains
     connections_reach_the_right_service

@@ -61,7 +61,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
 
 fn relay(seconds: u64) -> Result<()> {
     host::require(&["ip"])?;
-    build::ebpf_programs(false)?;
+    build::ebpf_programs()?;
     build::agent_and_peer()?;
     programs::use_agent(build::release_agent()?);
 

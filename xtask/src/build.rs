@@ -30,11 +30,11 @@ pub(crate) fn cargo(arguments: &[&str]) -> Command {
     command
 }
 
-/// Builds the eBPF programs, with everything that this takes. Returns the object.
+/// Builds the eBPF programs, with everything that this takes. Returns the folder of the objects.
 ///
 /// # Errors
 /// If there is no toolchain for them and none can be installed, or if they do not compile.
-pub(crate) fn ebpf_programs(log: bool) -> Result<PathBuf> {
+pub(crate) fn ebpf_programs() -> Result<PathBuf> {
     let step = Step::begin("building the eBPF programs");
     let target = workspace().join("target/bpf");
     fs::create_dir_all(&target).with_context(|| format!("creating {}", target.display()))?;
@@ -43,13 +43,11 @@ pub(crate) fn ebpf_programs(log: bool) -> Result<PathBuf> {
         File::create(&lock_path).with_context(|| format!("creating {}", lock_path.display()))?;
     flock(&lock, FlockOperation::LockExclusive)
         .with_context(|| format!("locking {}", lock_path.display()))?;
-    let options = ebpf::BuildOptions {
-        log,
-        install: host::is_root(),
-    };
-    let object = ebpf::build(workspace(), options, &mut |detail| step.note(detail))?;
+    let objects = ebpf::build(workspace(), host::is_root(), &mut |detail| {
+        step.note(detail);
+    })?;
     step.done();
-    Ok(object)
+    Ok(objects)
 }
 
 /// Builds the agent and the programs of the tests, beside the running xtask.

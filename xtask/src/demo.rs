@@ -70,7 +70,7 @@ fn prepare() -> Result<()> {
     if let Err(error) = host::require(&["redis-server", "redis-cli"]) {
         say(format_args!("      no Redis: {error:#}"));
     }
-    build::ebpf_programs(false)?;
+    build::ebpf_programs()?;
     build::agent_and_peer()
 }
 

@@ -19,14 +19,8 @@ const LINKER_VERSION: &str = "0.13.0";
 /// The majors of LLVM that it can be built for.
 const LINKER_LLVM: std::ops::RangeInclusive<u32> = 21..=23;
 
-/// What to build, and whether to install what is missing.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct BuildOptions {
-    /// With logging of every decision.
-    pub(crate) log: bool,
-    /// Install Debian's packages and bpf-linker if nothing that is there fits.
-    pub(crate) install: bool,
-}
+/// What is built of the programs: the object's name and the features that make it.
+const OBJECTS: [(&str, &[&str]); 2] = [("sidestep.bpf.o", &[]), ("sidestep-log.bpf.o", &["log"])];
 
 /// A compiler that can build for the BPF machine.
 #[derive(Debug)]
@@ -36,13 +30,15 @@ struct Toolchain {
     llvm: u32,
 }
 
-/// Builds `target/bpf/sidestep.bpf.o` and returns its path; writes it only if it changed.
+/// Builds `target/bpf/sidestep.bpf.o` and the same with logging, `target/bpf/sidestep-log.bpf.o`; returns their
+/// folder. Writes them only if they changed. `install` says whether Debian's packages and bpf-linker may be
+/// installed if nothing that is there fits.
 ///
 /// # Errors
 /// If nothing that is there can build it and nothing may or can be installed; says what to install.
 pub(crate) fn build(
     workspace: &Path,
-    options: BuildOptions,
+    install: bool,
     progress: &mut dyn FnMut(&str),
 ) -> Result<PathBuf> {
     let target = workspace.join("target/bpf");
@@ -51,12 +47,15 @@ pub(crate) fn build(
     let lock = File::create(target.join("lock")).context("create the lock of the eBPF build")?;
     lock.lock().context("wait for the lock of the eBPF build")?;
 
-    let toolchain = toolchain(options.install, progress)?;
-    let linker = linker(workspace, &toolchain, options.install, progress)?;
+    let toolchain = toolchain(install, progress)?;
+    let linker = linker(workspace, &toolchain, install, progress)?;
     progress("compiling the eBPF programs");
-    compile(workspace, &toolchain, &linker, options.log)?;
     let built = workspace.join("target/bpf-build/bpfel-unknown-none/release/sidestep");
-    install_object(&built, &target.join("sidestep.bpf.o"))
+    for (object, features) in OBJECTS {
+        compile(workspace, &toolchain, &linker, features)?;
+        install_object(&built, &target.join(object))?;
+    }
+    Ok(target)
 }
 
 fn toolchain(install: bool, progress: &mut dyn FnMut(&str)) -> Result<Toolchain> {
@@ -156,7 +155,12 @@ fn linker(
     Ok(linker)
 }
 
-fn compile(workspace: &Path, toolchain: &Toolchain, linker: &Path, log: bool) -> Result<()> {
+fn compile(
+    workspace: &Path,
+    toolchain: &Toolchain,
+    linker: &Path,
+    features: &[&str],
+) -> Result<()> {
     let flags = [
         format!("-Clinker={}", linker.display()),
         "-Clink-arg=--btf".to_owned(),
@@ -176,21 +180,19 @@ fn compile(workspace: &Path, toolchain: &Toolchain, linker: &Path, log: bool) ->
         .env_remove("RUSTUP_TOOLCHAIN")
         .env_remove("CARGO")
         .env_remove("RUSTFLAGS");
-    if log {
-        cargo.args(["--features", "log"]);
-    }
+    cargo.arg("--features").arg(features.join(","));
     run(&mut cargo, "compile the eBPF programs")
 }
 
 /// Replaces the object at once and only if it differs: the agent is built anew when it changes.
-fn install_object(built: &Path, object: &Path) -> Result<PathBuf> {
+fn install_object(built: &Path, object: &Path) -> Result<()> {
     let bytes = fs::read(built).with_context(|| format!("read {}", built.display()))?;
     if fs::read(object).ok().as_ref() != Some(&bytes) {
         let temporary = object.with_extension("new");
         fs::write(&temporary, &bytes).with_context(|| format!("write {}", temporary.display()))?;
         fs::rename(&temporary, object).with_context(|| format!("write {}", object.display()))?;
     }
-    Ok(object.to_owned())
+    Ok(())
 }
 
 /// Runs a command; shows what it said only if it fails.

@@ -36,11 +36,7 @@ enum Command {
     /// Measures.
     Bench(bench::Arguments),
     /// Builds the eBPF programs; finds or installs the toolchain for them.
-    BuildEbpf {
-        /// Build them with logging of every decision.
-        #[arg(long)]
-        log: bool,
-    },
+    BuildEbpf,
     /// Builds the eBPF programs and the agent for production: target/release/sidestep.
     Build,
 }
@@ -63,13 +59,13 @@ fn run(command: &Command) -> Result<ExitCode> {
         Command::Test(arguments) => Ok(test::run(arguments)),
         Command::Prove(arguments) => prove::run(arguments),
         Command::Bench(arguments) => bench::run(arguments),
-        Command::BuildEbpf { log } => {
-            let object = build::ebpf_programs(*log)?;
-            say(object.display());
+        Command::BuildEbpf => {
+            let objects = build::ebpf_programs()?;
+            say(objects.display());
             Ok(ExitCode::SUCCESS)
         }
         Command::Build => {
-            build::ebpf_programs(false)?;
+            build::ebpf_programs()?;
             let agent = build::release_agent()?;
             say(agent.display());
             Ok(ExitCode::SUCCESS)

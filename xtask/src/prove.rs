@@ -93,7 +93,7 @@ fn prepare(topic: &Topic) -> Result<()> {
         bail!("needs root: it makes network namespaces and loads eBPF programs");
     }
     host::require(topic.programs)?;
-    build::ebpf_programs(false)?;
+    build::ebpf_programs()?;
     build::agent_and_peer()
 }
 

@@ -38,7 +38,7 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
         report.check("format of the eBPF programs", programs_format);
     }
     report.check("eBPF programs", |_step| {
-        build::ebpf_programs(false).map(|_object| String::new())
+        build::ebpf_programs().map(|_object| String::new())
     });
     if filters.is_empty() {
         report.cargo(

@@ -104,7 +104,7 @@ fn ipv6_range() -> Ipv6Net {
 }
 
 fn max_vips() -> u32 {
-    262_144
+    131_072
 }
 
 fn max_flows() -> u32 {

@@ -104,6 +104,9 @@ pub enum DatapathError {
     /// [`super::Datapath::events`] was called twice.
     #[error("the events of the datapath were taken before")]
     EventsTaken,
+    /// The programs that run have no logging.
+    #[error("capture.debug was off when the programs were loaded: switching it on takes a restart")]
+    CannotLog,
     /// The ring buffer cannot be watched.
     #[error("the events of the datapath cannot be watched")]
     Events {

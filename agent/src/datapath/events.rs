@@ -1,4 +1,4 @@
-//! Refused connects, as the programs report them through a ring buffer.
+//! What the programs report through ring buffers: refused connects, and their log if they have one.
 
 use std::{
     fmt, io,
@@ -10,7 +10,7 @@ use aya::maps::{MapData, RingBuf};
 use sidestep_abi::{Refusal, Verdict};
 use tokio::io::unix::AsyncFd;
 
-use super::{CgroupId, NetnsCookie, types::socket_address};
+use super::{CgroupId, NetnsCookie, kernel_log::KernelLog, types::socket_address};
 
 /// A connect that a program refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,9 +32,19 @@ pub struct Refused {
 }
 
 /// The stream of refused connects. When it is read too slowly, the programs count what they lose.
+///
+/// Who waits for it also passes the programs' log on.
 #[derive(Debug)]
 pub struct RefusedEvents {
     ring: AsyncFd<Ring>,
+    log: Option<AsyncFd<KernelLog>>,
+}
+
+/// Both ring buffers, until somebody reads them.
+#[derive(Debug)]
+pub(super) struct Rings {
+    pub(super) refusals: Ring,
+    pub(super) log: Option<KernelLog>,
 }
 
 /// The ring buffer; a type of its own since aya's cannot be shown.
@@ -55,11 +65,12 @@ impl AsRawFd for Ring {
 impl RefusedEvents {
     #[expect(
         deprecated,
-        reason = "the ring buffer keeps its descriptor as long as it lives"
+        reason = "the ring buffers keep their descriptors as long as they live"
     )]
-    pub(super) fn new(ring: Ring) -> io::Result<Self> {
+    pub(super) fn new(rings: Rings) -> io::Result<Self> {
         Ok(Self {
-            ring: AsyncFd::new(ring)?,
+            ring: AsyncFd::new(rings.refusals)?,
+            log: rings.log.map(AsyncFd::new).transpose()?,
         })
     }
 
@@ -69,7 +80,10 @@ impl RefusedEvents {
     /// If the runtime cannot watch the ring buffer any more.
     pub async fn next(&mut self) -> io::Result<Refused> {
         loop {
-            let mut ready = self.ring.readable_mut().await?;
+            let mut ready = tokio::select! {
+                ready = self.ring.readable_mut() => ready?,
+                failed = pass_on(self.log.as_mut()) => return Err(failed),
+            };
             if let Some(item) = ready.get_inner_mut().0.next() {
                 if let Some(refused) = parse(&item) {
                     return Ok(refused);
@@ -77,6 +91,23 @@ impl RefusedEvents {
                 continue;
             }
             ready.clear_ready();
+        }
+    }
+}
+
+/// Passes on what the programs log, until the runtime cannot watch their ring buffer any more.
+async fn pass_on(log: Option<&mut AsyncFd<KernelLog>>) -> io::Error {
+    let Some(log) = log else {
+        return std::future::pending().await;
+    };
+    loop {
+        match log.readable_mut().await {
+            Ok(mut ready) => {
+                // Cleared first: what is written during the flush wakes us again.
+                ready.clear_ready();
+                ready.get_inner_mut().flush();
+            }
+            Err(error) => return error,
         }
     }
 }

@@ -19,11 +19,16 @@ use super::{
     bpf::{self, CgroupHook},
     cgroup::id_of_directory,
     error::{MapOperation, advice_for_attach, advice_for_load},
-    events::Ring,
+    events::{Ring, Rings},
+    kernel_log::KernelLog,
 };
 
 /// The programs, aligned as the ELF reader wants them; empty if they were not built.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sidestep.bpf.o"));
+
+/// The same with logging of every decision, which costs time on each connect even when it is off.
+static LOGGING_OBJECT: &[u8] =
+    aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sidestep-log.bpf.o"));
 
 /// A program and where it belongs.
 #[derive(Debug, Clone, Copy)]
@@ -66,7 +71,15 @@ pub(super) const ORIGINAL_DST: Hooked = Hooked {
 };
 
 pub(super) fn load(settings: &DatapathSettings) -> Result<Datapath, DatapathError> {
-    let mut object = open_object(settings.max_vips, settings.max_flows)?;
+    let bytes = if settings.debug {
+        LOGGING_OBJECT
+    } else {
+        OBJECT
+    };
+    // Room for two catalogs: the new one is written before the old one is deleted.
+    let room = settings.max_vips.saturating_mul(2);
+    let mut object = open(bytes, room, settings.max_flows)?;
+    let log = KernelLog::take(&mut object);
     let maps = take_maps(&mut object)?;
     let ring = object
         .take_map("REFUSALS")
@@ -101,27 +114,33 @@ pub(super) fn load(settings: &DatapathSettings) -> Result<Datapath, DatapathErro
         links,
         reconciling: Mutex::new(()),
         max_vips: settings.max_vips,
-        refusals: Mutex::new(Some(Ring(ring))),
+        can_log: log.is_some(),
+        rings: Mutex::new(Some(Rings {
+            refusals: Ring(ring),
+            log,
+        })),
     })
 }
 
 /// Creates the maps; no program is in the kernel yet.
 ///
-/// There is room for two catalogs: the new one is written before the old one is deleted.
-///
 /// # Errors
 /// [`DatapathError::NoObject`] or [`DatapathError::Object`].
 pub fn open_object(max_vips: u32, max_flows: u32) -> Result<Ebpf, DatapathError> {
-    if OBJECT.is_empty() {
+    open(OBJECT, max_vips, max_flows)
+}
+
+fn open(object: &[u8], max_vips: u32, max_flows: u32) -> Result<Ebpf, DatapathError> {
+    if object.is_empty() {
         return Err(DatapathError::NoObject);
     }
     let mut loader = EbpfLoader::new();
     loader
         .verifier_log_level(VerifierLogLevel::STATS)
-        .map_max_entries("VIPS", max_vips.saturating_mul(2))
-        .map_max_entries("ADDRESSES", max_vips.saturating_mul(2))
+        .map_max_entries("VIPS", max_vips)
+        .map_max_entries("ADDRESSES", max_vips)
         .map_max_entries("FLOWS", max_flows);
-    loader.load(OBJECT).map_err(|source| DatapathError::Object {
+    loader.load(object).map_err(|source| DatapathError::Object {
         advice: "root or CAP_BPF is needed; `sidestep check` shows what else is missing",
         source: Box::new(source),
     })

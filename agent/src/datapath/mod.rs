@@ -13,6 +13,7 @@ pub mod probe;
 
 mod error;
 mod events;
+mod kernel_log;
 pub mod load;
 mod reconcile;
 mod types;
@@ -44,7 +45,8 @@ pub struct Datapath {
     /// Reconciling reads, compares and writes: one at a time.
     reconciling: Mutex<()>,
     max_vips: u32,
-    refusals: Mutex<Option<events::Ring>>,
+    can_log: bool,
+    rings: Mutex<Option<events::Rings>>,
 }
 
 /// File descriptors of the maps, named as in `ebpf/programs/src/maps.rs`.
@@ -161,12 +163,8 @@ impl Datapath {
     /// [`DatapathError::EventsTaken`] the second time, [`DatapathError::Events`] if the runtime refuses
     /// to watch the ring buffer.
     pub fn events(&self) -> Result<RefusedEvents, DatapathError> {
-        let ring = self
-            .refusals
-            .lock()
-            .take()
-            .ok_or(DatapathError::EventsTaken)?;
-        RefusedEvents::new(ring).map_err(|source| DatapathError::Events { source })
+        let rings = self.rings.lock().take().ok_or(DatapathError::EventsTaken)?;
+        RefusedEvents::new(rings).map_err(|source| DatapathError::Events { source })
     }
 
     /// Removes published connections that nobody accepted for so long; returns how many.
@@ -213,12 +211,16 @@ impl Datapath {
         self.links.iter().filter_map(described).collect()
     }
 
-    /// Switches the logging of every decision on or off; without effect unless the object was built with logging.
+    /// Switches the logging of every decision on or off.
     ///
     /// # Errors
     ///
+    /// [`DatapathError::CannotLog`] if the programs were loaded without [`DatapathSettings::debug`];
     /// [`DatapathError::Map`] if the kernel refuses.
     pub fn set_debug(&self, on: bool) -> Result<(), DatapathError> {
+        if on && !self.can_log {
+            return Err(DatapathError::CannotLog);
+        }
         let map = self.maps.config.as_fd();
         let config = bpf::map_lookup::<u32, Config>(map, &0)
             .map_err(|source| DatapathError::map("CONFIG", MapOperation::Read, source))?;

@@ -93,7 +93,7 @@ pub struct DatapathSettings {
     pub max_flows: u32,
     /// Whether to answer `SO_ORIGINAL_DST` on the agent's sockets.
     pub so_original_dst: bool,
-    /// Whether to log every decision, if the object was built with logging.
+    /// Whether to load the programs that can log every decision, and to let them.
     pub debug: bool,
 }
 

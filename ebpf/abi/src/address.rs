@@ -80,12 +80,18 @@ impl Address {
         if let Some(word) = self.v4_word() {
             return core::net::IpAddr::V4(core::net::Ipv4Addr::from_bits(u32::from_be(word)));
         }
+        core::net::IpAddr::V6(self.to_ipv6())
+    }
+
+    /// As an IPv6 address; IPv4 stays mapped.
+    #[inline(always)]
+    pub const fn to_ipv6(&self) -> core::net::Ipv6Addr {
         let [first, second, third, fourth] = self.words;
         let bits = ((u32::from_be(first) as u128) << 96)
             | ((u32::from_be(second) as u128) << 64)
             | ((u32::from_be(third) as u128) << 32)
             | (u32::from_be(fourth) as u128);
-        core::net::IpAddr::V6(core::net::Ipv6Addr::from_bits(bits))
+        core::net::Ipv6Addr::from_bits(bits)
     }
 }
 

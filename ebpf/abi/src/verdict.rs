@@ -29,6 +29,7 @@ macro_rules! counted {
             }
 
             /// Its label in metrics and logs.
+            #[inline(always)]
             pub const fn as_str(self) -> &'static str {
                 match self {
                     $(Self::$variant => $label,)*

@@ -11,7 +11,7 @@ use sidestep_abi::{
 
 use crate::{
     context::{LOOPBACK_DEVICE, SockAddr, Socket, fail_with},
-    maps, origins, report,
+    log, maps, origins, report,
 };
 
 /// `IPPROTO_TCP`.
@@ -54,7 +54,7 @@ pub fn handle(context: SockAddr, destination: Address) -> Step {
         }
     }
     report::count(verdict.slot());
-    log(context, verdict);
+    log::verdict(context, &destination, port, verdict);
     if verdict.is_refusal() {
         report::refusal(verdict, &destination, port, context.netns());
         fail_with(verdict.errno());
@@ -184,17 +184,3 @@ fn remembered_device(socket: Socket) -> u32 {
         _ => 0,
     }
 }
-
-#[cfg(feature = "log")]
-#[inline(always)]
-fn log(context: SockAddr, verdict: Verdict) {
-    let is_on = maps::config().is_some_and(|config| config.debug != 0);
-    if is_on {
-        let context = aya_ebpf::programs::SockAddrContext::new(context.0);
-        aya_log_ebpf::debug!(&context, "connect decided, verdict {}", verdict.slot());
-    }
-}
-
-#[cfg(not(feature = "log"))]
-#[inline(always)]
-fn log(_context: SockAddr, _verdict: Verdict) {}

@@ -22,6 +22,7 @@ mod getsockopt;
 mod origins;
 mod maps;
 mod report;
+mod log;
 mod context;
 
 /// The verifier proves that nothing panics; the language wants a handler all the same.

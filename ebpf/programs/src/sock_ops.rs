@@ -18,7 +18,8 @@ use aya_ebpf::{
 use sidestep_abi::{FlowEvent, Found, Role, maps::STATE_CALLBACK_ARMED};
 
 use crate::{
-    context::SockOps,
+    context::{Ends, SockOps},
+    log,
     maps::{self, FLOWS, snapshot},
     origins, report,
 };
@@ -59,7 +60,7 @@ fn publish(context: SockOps) {
         && origin.rewritten_port.to_host() == ends.remote_port;
     if !is_live {
         let _ = FLOWS.remove(&key);
-        report::count(FlowEvent::Stale.slot());
+        tell(context, &ends, FlowEvent::Stale);
         return;
     }
     // SAFETY: takes nothing.
@@ -67,10 +68,10 @@ fn publish(context: SockOps) {
     origin.check = key.digest();
     origin.flags = 0;
     if FLOWS.insert(&key, &origin, 0).is_err() {
-        report::count(FlowEvent::Full.slot());
+        tell(context, &ends, FlowEvent::Full);
         return;
     }
-    report::count(FlowEvent::Published.slot());
+    tell(context, &ends, FlowEvent::Published);
     let flags = context.callback_flags();
     let is_armed = flags & BPF_SOCK_OPS_STATE_CB_FLAG != 0;
     if !is_armed && context.set_callback_flags(flags | BPF_SOCK_OPS_STATE_CB_FLAG) {
@@ -102,7 +103,13 @@ fn take(context: SockOps) {
         FlowEvent::MoveFailed
     };
     let _ = FLOWS.remove(&key);
+    tell(context, &ends, event);
+}
+
+#[inline(always)]
+fn tell(context: SockOps, ends: &Ends, event: FlowEvent) {
     report::count(event.slot());
+    log::flow(context, ends, event);
 }
 
 /// The application's socket ends, its ports become free: nobody may take what was published for it.
@@ -120,7 +127,7 @@ fn withdraw(context: SockOps) {
         return;
     }
     if FLOWS.remove(&context.key_from_client(&ends)).is_ok() {
-        report::count(FlowEvent::Removed.slot());
+        tell(context, &ends, FlowEvent::Removed);
     }
     disarm(context);
 }

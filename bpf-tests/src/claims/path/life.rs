@@ -13,7 +13,7 @@ use crate::{
     claims::{Finding, Size},
     mesh::{Mesh, local, vip},
     services,
-    wait::{SOON, wait_for_value},
+    wait::{SOON, wait_for, wait_for_value},
     workload::Kind,
 };
 
@@ -126,6 +126,36 @@ pub(super) fn a_bad_reload_changes_nothing(_size: Size) -> Result<Finding> {
     Ok(Finding::new(
         still == 10 && complaint.contains("sidestep.toml"),
         format!("{still} of 10 calls after a bad one; a new workload calls after a good one"),
+    ))
+}
+
+pub(super) fn decisions_are_logged_while_asked_for(_size: Size) -> Result<Finding> {
+    let mut mesh = web_with_two_instances("debug")?;
+    mesh.lab.a.set_capture("debug = true");
+    mesh.start()?;
+    let expected = format!("connect to ::ffff:{} port 80: captured", vip(1, 80).ip());
+    let decided = |mesh: &Mesh| mesh.lab.a.agent_said().matches(&expected).count();
+    spread(&mesh, 3)?;
+    let logged = wait_for_value("three decisions in the log", SOON, || {
+        Ok((decided(&mesh) >= 3).then(|| decided(&mesh)))
+    })
+    .with_context(|| mesh.lab.a.agent_said())?;
+    let handed_over = mesh.lab.a.agent_said().matches(": moved").count();
+
+    let file = mesh.lab.a.configuration_file();
+    let quiet = fs::read_to_string(&file)?.replace("debug = true", "debug = false");
+    fs::write(&file, quiet)?;
+    mesh.lab.a.signal_agent(Signal::HUP)?;
+    wait_for("the configuration to be reloaded", SOON, || {
+        mesh.lab.a.agent_said().contains("configuration reloaded")
+    })?;
+    spread(&mesh, 3)?;
+    let after = decided(&mesh);
+    Ok(Finding::new(
+        logged == 3 && handed_over == 3 && after == 3,
+        format!(
+            "{logged} of 3 connects and {handed_over} hand-overs logged, {after} in all after 3 more without"
+        ),
     ))
 }
 

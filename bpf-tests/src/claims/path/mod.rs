@@ -47,6 +47,7 @@ pub const TOPIC: Topic = Topic {
         life::a_dead_instance_costs_no_connection: "an instance whose node does not answer costs no connection";
         life::a_broken_file_changes_nothing: "a broken catalog file takes nothing away and is reported";
         life::a_bad_reload_changes_nothing: "a bad configuration is refused on reload, a good one taken over";
+        life::decisions_are_logged_while_asked_for: "with capture.debug the agent logs what the programs decide, until a reload switches it off";
         life::every_connection_is_counted_once: "every connection has one access-log line and one count on each side";
         life::a_stop_drains: "told to stop, the agent lets live connections end and takes no new ones";
         scale::connections_reach_the_right_service: "connections from 32 threads to 500 virtual addresses reach the right service, each";
