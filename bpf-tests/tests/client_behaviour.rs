@@ -164,7 +164,7 @@ impl Bench {
         let netns = Netns::open(self.namespace.path()).unwrap();
         self.listeners = Some(listener::listen(&netns, PORT).unwrap());
         self.datapath
-            .enrol_netns(netns.cookie().unwrap(), PORT)
+            .enrol_netns(netns.cookie().unwrap(), self.listeners.as_ref().unwrap())
             .unwrap();
     }
 
@@ -604,14 +604,39 @@ fn loopback_is_left_alone() {
 
 #[test]
 fn connects_that_nobody_answers_leave_nothing_behind() {
-    let mut bench = Bench::new("failed");
-    bench.listeners = None;
+    let bench = Bench::new("failed");
+    // The programs find a listener, but it is elsewhere: nobody answers where they send the connect.
+    let elsewhere = Netns::open(bench.other.path()).unwrap();
+    let listeners = listener::listen(&elsewhere, PORT + 1).unwrap();
+    let here = Netns::open(bench.namespace.path()).unwrap();
+    bench
+        .datapath
+        .enrol_netns(here.cookie().unwrap(), &listeners)
+        .unwrap();
     let said =
         bench.client("for _ in range(50): said['error'] = attempt(lambda: tcp().connect(VIP))");
     assert_eq!(said["error"], "ECONNREFUSED");
     assert_eq!(bench.flows(FlowEvent::Published), 50);
     assert_eq!(bench.flows(FlowEvent::Removed), 50);
     assert_eq!(bench.datapath.sweep_flows(Duration::ZERO).unwrap(), 0);
+}
+
+#[test]
+fn who_takes_the_port_when_the_agent_is_gone_gets_nothing() {
+    let mut bench = Bench::new("squatter");
+    bench.listeners = None;
+    let said = bench.client(
+        "squatter = tcp(); squatter.bind(('0.0.0.0', 15001)); squatter.listen(); squatter.settimeout(0.1)
+six = tcp(socket.AF_INET6); six.bind(('::1', 15001)); six.listen(); six.settimeout(0.1)
+said['vip'] = attempt(lambda: tcp().connect(VIP))
+said['vip6'] = attempt(lambda: tcp(socket.AF_INET6).connect(VIP6))
+said['accepted'] = [attempt(squatter.accept), attempt(six.accept)]",
+    );
+    let expected = json!({
+        "vip": "ECONNREFUSED", "vip6": "ECONNREFUSED", "accepted": ["timeout", "timeout"],
+    });
+    assert_eq!(said, expected);
+    assert_eq!(bench.count(Verdict::RefusedNetns), 2);
 }
 
 #[test]

@@ -75,7 +75,9 @@ impl Bench {
         let netns = Netns::open(namespace.path()).unwrap();
         let listeners = listener::listen(&netns, PORT).unwrap();
         datapath.reconcile(&catalog(0)).unwrap();
-        datapath.enrol_netns(netns.cookie().unwrap(), PORT).unwrap();
+        datapath
+            .enrol_netns(netns.cookie().unwrap(), &listeners)
+            .unwrap();
         Self {
             datapath,
             listeners,

@@ -207,12 +207,14 @@ fn take_maps(object: &mut Ebpf) -> Result<Maps, DatapathError> {
 fn map_fd(map: &Map) -> Option<BorrowedFd<'_>> {
     #[expect(
         clippy::wildcard_enum_match_arm,
-        reason = "aya knows 30 kinds, the object has four"
+        reason = "aya knows 30 kinds, the object has five"
     )]
     match map {
-        Map::Array(data) | Map::HashMap(data) | Map::PerCpuArray(data) | Map::SkStorage(data) => {
-            Some(data.fd().as_fd())
-        }
+        Map::Array(data)
+        | Map::HashMap(data)
+        | Map::PerCpuArray(data)
+        | Map::SkStorage(data)
+        | Map::SockHash(data) => Some(data.fd().as_fd()),
         _ => None,
     }
 }

@@ -34,8 +34,9 @@ use std::{
     time::Duration,
 };
 
+use listener::CaptureListeners;
 use parking_lot::Mutex;
-use sidestep_abi::{Config, FlowKey, Listener, Origin, PortBe, Role};
+use sidestep_abi::{Address, Config, FlowKey, ListenerKey, Origin, Role};
 
 /// The loaded programs and their maps. Dropping it detaches the programs.
 #[derive(Debug)]
@@ -111,15 +112,26 @@ impl Datapath {
             .map(Captured::from))
     }
 
-    /// Lets processes in this namespace be captured. Call it once the listeners listen.
+    /// Lets processes in this namespace be captured, as long as its listeners are open.
     ///
     /// # Errors
     ///
     /// [`DatapathError::Map`] if the kernel refuses, for instance after 16,384 namespaces.
-    pub fn enrol_netns(&self, netns: NetnsCookie, port: u16) -> Result<(), DatapathError> {
-        let value = Listener::new(netns.0, PortBe::from_host(port));
-        bpf::map_update(self.maps.listeners.as_fd(), &netns.0, &value)
-            .map_err(|source| DatapathError::map("LISTENERS", MapOperation::Write, source))
+    pub fn enrol_netns(
+        &self,
+        netns: NetnsCookie,
+        listeners: &CaptureListeners,
+    ) -> Result<(), DatapathError> {
+        let fails = |source| DatapathError::map("LISTENERS", MapOperation::Write, source);
+        let map = self.maps.listeners.as_fd();
+        let v4 = (Address::LOOPBACK_V4, Some(&listeners.v4));
+        let v6 = (Address::LOOPBACK_V6, listeners.v6.as_ref());
+        for (address, listener) in [v4, v6] {
+            let Some(listener) = listener else { continue };
+            let key = ListenerKey::new(netns.0, &address);
+            bpf::map_update(map, &key, &listener.as_raw_fd()).map_err(fails)?;
+        }
+        Ok(())
     }
 
     /// From now on refuses connects to virtual addresses in this namespace. Returns whether it was enrolled.
@@ -128,8 +140,14 @@ impl Datapath {
     ///
     /// [`DatapathError::Map`] if the kernel refuses.
     pub fn dismiss_netns(&self, netns: NetnsCookie) -> Result<bool, DatapathError> {
-        bpf::map_delete(self.maps.listeners.as_fd(), &netns.0)
-            .map_err(|source| DatapathError::map("LISTENERS", MapOperation::Delete, source))
+        let fails = |source| DatapathError::map("LISTENERS", MapOperation::Delete, source);
+        let map = self.maps.listeners.as_fd();
+        let mut was_enrolled = false;
+        for address in [Address::LOOPBACK_V4, Address::LOOPBACK_V6] {
+            let key = ListenerKey::new(netns.0, &address);
+            was_enrolled |= bpf::map_delete(map, &key).map_err(fails)?;
+        }
+        Ok(was_enrolled)
     }
 
     /// How often each verdict was given since load, on all CPUs together.

@@ -1,6 +1,6 @@
 //! Capture listeners: one in the host's network namespace and one in each namespace of a workload.
 //!
-//! A namespace is enrolled (the programs may rewrite to it) only while a listener is open in it.
+//! The programs rewrite only to sockets that are enrolled; the kernel dismisses them as they are closed.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -154,7 +154,13 @@ impl CaptureNamespaces {
     fn start(&self, place: Place, netns: &Netns) -> Result<(), CaptureListenError> {
         let port = self.port;
         let failed = |source| CaptureListenError::Listen { port, source };
-        let CaptureListeners { v4, v6 } = listener::listen(netns, port).map_err(failed)?;
+        let listeners = listener::listen(netns, port).map_err(failed)?;
+        let (identity, cookie) = (netns.identity()?, netns.cookie()?);
+        let datapath = &self.outbound.datapath;
+        datapath
+            .enrol_netns(cookie, &listeners)
+            .map_err(CaptureListenError::Enrol)?;
+        let CaptureListeners { v4, v6 } = listeners;
         let closed = CancellationToken::new();
         for listener in std::iter::once(v4).chain(v6) {
             let listener = TcpListener::from_std(listener).map_err(failed)?;
@@ -167,12 +173,6 @@ impl CaptureNamespaces {
                         () = outbound.serve(listener) => {}
                     }
                 });
-        }
-        let (identity, cookie) = (netns.identity()?, netns.cookie()?);
-        let enrolled = self.outbound.datapath.enrol_netns(cookie, port);
-        if let Err(error) = enrolled {
-            closed.cancel();
-            return Err(CaptureListenError::Enrol(error));
         }
         tracing::info!(?place, %cookie, port, "capturing in namespace");
         self.open.lock().insert(

@@ -14,6 +14,9 @@ pub struct Address {
 const MAPPED_PREFIX: u32 = 0x0000_ffff_u32.to_be();
 
 impl Address {
+    /// 127.0.0.1.
+    pub const LOOPBACK_V4: Self = Self::from_v4_word(0x7f00_0001_u32.to_be());
+
     /// `::1`, the listener's address for native IPv6.
     pub const LOOPBACK_V6: Self = Self {
         words: [0, 0, 0, 1_u32.to_be()],

@@ -2,7 +2,7 @@
 
 use crate::{
     address::{Address, PortBe},
-    maps::{KnownAddress, Listener, VipValue, digest_of, mix},
+    maps::{KnownAddress, VipValue, digest_of, mix},
     verdict::Verdict,
 };
 
@@ -57,8 +57,9 @@ pub struct Facts {
     pub vip: Found<VipValue>,
     /// `ADDRESSES` at the destination; need not be looked up if `vip` was found.
     pub address: Found<KnownAddress>,
-    /// `LISTENERS` of the socket's network namespace; need not be looked up if `vip` was not found.
-    pub listener: Found<Listener>,
+    /// The port of the agent's listener in the socket's network namespace, from `LISTENERS`, or 0; need not
+    /// be looked up if `vip` was not found.
+    pub listener: PortBe,
 }
 
 /// Classifies a destination.
@@ -102,7 +103,7 @@ const fn in_v6_range(address: &Address, ranges: &Ranges) -> bool {
 
 /// Decides about a TCP connect. Other protocols pass before this is asked.
 ///
-/// [`Verdict::Captured`] comes only with `vip` and `listener` both [`Found::Value`].
+/// [`Verdict::Captured`] comes only with `vip` a [`Found::Value`] and a `listener`.
 #[inline(always)]
 pub const fn decide(facts: &Facts) -> Verdict {
     let in_range = match facts.class {
@@ -134,11 +135,8 @@ pub const fn decide(facts: &Facts) -> Verdict {
     }
     match (target, &facts.address) {
         (Some(target), _) if target.reachable == 0 => Verdict::RefusedNoEndpoint,
-        (Some(_), _) => match facts.listener {
-            Found::Value(_) => Verdict::Captured,
-            Found::Absent => Verdict::RefusedNetns,
-            Found::Torn => Verdict::RefusedTorn,
-        },
+        (Some(_), _) if facts.listener.0 == 0 => Verdict::RefusedNetns,
+        (Some(_), _) => Verdict::Captured,
         (None, Found::Value(_)) => Verdict::RefusedUnknownPort,
         (None, Found::Absent | Found::Torn) => Verdict::RefusedUnknownVip,
     }

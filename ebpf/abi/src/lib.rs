@@ -20,7 +20,9 @@ mod user;
 
 pub use address::{Address, PortBe};
 pub use decision::{Class, Facts, Found, Ranges, classify, decide, loopback_spread};
-pub use maps::{Config, FlowKey, KnownAddress, Listener, Origin, Refusal, Role, VipKey, VipValue};
+pub use maps::{
+    Config, FlowKey, KnownAddress, ListenerKey, Origin, Refusal, Role, VipKey, VipValue,
+};
 pub use verdict::{FlowEvent, Verdict};
 
 /// Raised with every change of a layout or of its meaning; programs refuse VIPs if it differs.

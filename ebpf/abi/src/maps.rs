@@ -95,38 +95,32 @@ impl KnownAddress {
     }
 }
 
-/// Value of the map `LISTENERS`, keyed by network namespace cookie: where the agent listens there.
+/// Key of the map `LISTENERS`, whose values are sockets: in which network namespace, for which family.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Listener {
-    /// Seals key and content.
-    pub check: u64,
-    /// The listeners' port.
-    pub port: PortBe,
+pub struct ListenerKey {
+    /// Cookie of the network namespace.
+    pub netns: u64,
+    /// 4 or 6.
+    pub family: u32,
     /// Zero.
-    pub zero: [u16; 3],
+    pub zero: u32,
 }
 
-impl Listener {
-    /// A value sealed for the namespace with this cookie.
+impl ListenerKey {
+    /// The listener for connects to `destination` in the namespace with this cookie.
     #[inline(always)]
-    pub const fn new(netns: u64, port: PortBe) -> Self {
+    pub const fn new(netns: u64, destination: &Address) -> Self {
+        let family = if destination.v4_word().is_some() {
+            4
+        } else {
+            6
+        };
         Self {
-            check: Self::seal(netns, port),
-            port,
-            zero: [0; 3],
+            netns,
+            family,
+            zero: 0,
         }
-    }
-
-    /// Whether this value was written for the namespace with this cookie and is whole.
-    #[inline(always)]
-    pub const fn is_for(&self, netns: u64) -> bool {
-        self.check == Self::seal(netns, self.port)
-    }
-
-    #[inline(always)]
-    const fn seal(netns: u64, port: PortBe) -> u64 {
-        mix(mix(SEED, netns), port.0 as u64)
     }
 }
 
@@ -282,7 +276,7 @@ assert_layout! {
     VipKey: 20, 4;
     VipValue: 16, 8;
     KnownAddress: 8, 8;
-    Listener: 16, 8;
+    ListenerKey: 16, 8;
     FlowKey: 48, 8;
     Origin: 96, 8;
     crate::Ranges: 40, 4;

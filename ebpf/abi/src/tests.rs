@@ -9,8 +9,8 @@ use std::{
 use proptest::prelude::*;
 
 use crate::{
-    Address, Class, Facts, FlowEvent, Found, KnownAddress, Listener, PortBe, Ranges, Verdict,
-    VipKey, VipValue, classify, decide, loopback_spread,
+    Address, Class, Facts, FlowEvent, Found, KnownAddress, PortBe, Ranges, Verdict, VipKey,
+    VipValue, classify, decide, loopback_spread,
 };
 
 fn address(text: &str) -> Address {
@@ -64,7 +64,7 @@ fn facts(class: Class) -> Facts {
         agent: false,
         vip: Found::Absent,
         address: Found::Absent,
-        listener: Found::Absent,
+        listener: PortBe(0),
     }
 }
 
@@ -75,7 +75,7 @@ fn every_situation_has_its_verdict() {
     let vip = Found::Value(VipValue::new(&key, 1, true));
     let sick = Found::Value(VipValue::new(&key, 1, false));
     let known = Found::Value(KnownAddress::new(&key.address));
-    let listener = Found::Value(Listener::new(7, PortBe::from_host(15_001)));
+    let listener = PortBe::from_host(15_001);
     let range = facts(Class::VipRange);
     let other = facts(Class::Other);
     let table = [
@@ -131,14 +131,6 @@ fn every_situation_has_its_verdict() {
             Facts {
                 address: Found::Torn,
                 ..other
-            },
-            Verdict::RefusedTorn,
-        ),
-        (
-            Facts {
-                vip,
-                listener: Found::Torn,
-                ..range
             },
             Verdict::RefusedTorn,
         ),

@@ -2,7 +2,9 @@
 
 #![expect(unsafe_code, reason = "a promise about layouts, which `maps` asserts")]
 
-use crate::{Address, Config, FlowKey, KnownAddress, Listener, Origin, Refusal, VipKey, VipValue};
+use crate::{
+    Address, Config, FlowKey, KnownAddress, ListenerKey, Origin, Refusal, VipKey, VipValue,
+};
 
 macro_rules! pod {
     ($($type:ty),*) => {
@@ -18,7 +20,7 @@ pod!(
     Config,
     FlowKey,
     KnownAddress,
-    Listener,
+    ListenerKey,
     Origin,
     Refusal,
     VipKey,

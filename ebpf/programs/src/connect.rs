@@ -5,7 +5,7 @@
 
 use aya_ebpf::helpers::generated::{bpf_get_current_ancestor_cgroup_id, bpf_ktime_get_ns};
 use sidestep_abi::{
-    ABI_VERSION, Address, Class, Config, Facts, Found, Listener, Origin, PortBe, Role, Verdict,
+    ABI_VERSION, Address, Class, Config, Facts, Found, ListenerKey, Origin, PortBe, Role, Verdict,
     VipKey, VipValue, classify, decide, loopback_spread,
 };
 
@@ -39,11 +39,11 @@ pub fn handle(context: SockAddr, destination: Address) -> Step {
     let port = context.port();
     let facts = look_up(context, &destination, port);
     let mut verdict = decide(&facts);
-    let mut rewritten = None;
-    match (verdict, facts.vip, facts.listener) {
-        (Verdict::Captured, Found::Value(target), Found::Value(listener)) => {
-            match capture(context, &destination, port, &target, &listener) {
-                Ok(address) => rewritten = Some((address, listener.port)),
+    let mut rewritten = Address::default();
+    match (verdict, facts.vip) {
+        (Verdict::Captured, Found::Value(target)) => {
+            match capture(context, &destination, port, &target, facts.listener) {
+                Ok(address) => rewritten = address,
                 Err(refusal) => verdict = refusal,
             }
         }
@@ -60,9 +60,9 @@ pub fn handle(context: SockAddr, destination: Address) -> Step {
         fail_with(verdict.errno());
         return Step::Refuse;
     }
-    match rewritten {
-        Some((address, port)) => Step::Rewrite(address, port),
-        None => Step::Pass,
+    match verdict {
+        Verdict::Captured => Step::Rewrite(rewritten, facts.listener),
+        _ => Step::Pass,
     }
 }
 
@@ -75,7 +75,7 @@ fn look_up(context: SockAddr, destination: &Address, port: PortBe) -> Facts {
         agent: false,
         vip: Found::Absent,
         address: Found::Absent,
-        listener: Found::Absent,
+        listener: PortBe(0),
     };
     let Some(config) = maps::config() else {
         // Cannot be: the map has one element. 240/4 stays closed even so.
@@ -89,7 +89,9 @@ fn look_up(context: SockAddr, destination: &Address, port: PortBe) -> Facts {
     }
     facts.vip = maps::vip(&VipKey::new(*destination, port));
     match facts.vip {
-        Found::Value(_) => facts.listener = maps::listener(context.netns()),
+        Found::Value(_) => {
+            facts.listener = maps::listener(&ListenerKey::new(context.netns(), destination))
+        }
         Found::Absent => facts.address = maps::address(destination),
         Found::Torn => {}
     }
@@ -114,7 +116,7 @@ fn capture(
     destination: &Address,
     port: PortBe,
     target: &VipValue,
-    listener: &Listener,
+    listener: PortBe,
 ) -> Result<Address, Verdict> {
     let Some(socket) = context.socket() else {
         return Err(Verdict::RefusedNoSocket);
@@ -134,7 +136,7 @@ fn capture(
         destination: *destination,
         rewritten,
         destination_port: port,
-        rewritten_port: listener.port,
+        rewritten_port: listener,
         service: target.service,
         cgroup: caller.cgroup,
         netns: context.netns(),

@@ -6,13 +6,15 @@ use core::{
 };
 
 use aya_ebpf::{
-    bindings::BPF_F_NO_PREALLOC,
+    bindings::{BPF_F_NO_PREALLOC, bpf_sock},
     btf_maps::SkStorage,
+    helpers::generated::{bpf_map_lookup_elem, bpf_sk_release},
     macros::{btf_map, map},
-    maps::{Array, HashMap, PerCpuArray, RingBuf},
+    maps::{Array, HashMap, PerCpuArray, RingBuf, SockHash},
 };
 use sidestep_abi::{
-    Address, COUNTERS, Config, FlowKey, Found, KnownAddress, Listener, Origin, VipKey, VipValue,
+    Address, COUNTERS, Config, FlowKey, Found, KnownAddress, ListenerKey, Origin, PortBe, VipKey,
+    VipValue,
 };
 
 /// Sizes of maps that the agent sets from its configuration when it loads the object.
@@ -31,9 +33,10 @@ static VIPS: HashMap<VipKey, VipValue> =
 static ADDRESSES: HashMap<Address, KnownAddress> =
     HashMap::with_max_entries(SIZED_BY_AGENT, BPF_F_NO_PREALLOC);
 
-/// In which network namespaces the agent listens, by their cookie. Written by the agent alone.
+/// The agent's listeners. Written by the agent alone, and an element goes when its socket is closed: what is
+/// found here listens, and nobody else can be behind it.
 #[map]
-static LISTENERS: HashMap<u64, Listener> = HashMap::with_max_entries(16_384, BPF_F_NO_PREALLOC);
+static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(32_768, 0);
 
 /// Where a socket's application wanted to go; lives and dies with the socket.
 #[btf_map]
@@ -66,9 +69,21 @@ pub fn address(address: &Address) -> Found<KnownAddress> {
     settle(|| ADDRESSES.get_ptr(address), |value| value.is_for(address))
 }
 
+/// Its port; 0 if there is none. Not an option: its payload would be undefined in that case, and where the
+/// compiler spills it the verifier refuses the program.
 #[inline(always)]
-pub fn listener(netns: u64) -> Found<Listener> {
-    settle(|| LISTENERS.get_ptr(&netns), |value| value.is_for(netns))
+pub fn listener(key: &ListenerKey) -> PortBe {
+    let map = (&raw const LISTENERS).cast_mut().cast();
+    // SAFETY: both point to what the map's definition says. The socket found must be released.
+    let socket = unsafe { bpf_map_lookup_elem(map, core::ptr::from_ref(key).cast()) };
+    let mut port = 0;
+    if !socket.is_null() {
+        // SAFETY: a socket in this map, not null; the verifier knows its fields.
+        port = unsafe { read_volatile(&raw const (*socket.cast::<bpf_sock>()).src_port) };
+        // SAFETY: referenced by the look-up, and not used after.
+        let _ = unsafe { bpf_sk_release(socket) };
+    }
+    PortBe::from_host(port as u16)
 }
 
 #[inline(always)]
