@@ -99,7 +99,8 @@ pub enum End {
 /// or `cut` resolves.
 ///
 /// On every end but [`End::Finished`] both endpoints are [aborted](Endpoint::abort): drop them soon, for
-/// the drop sends the reset. Not cancel-safe: bytes that are on their way are lost with the future.
+/// the drop sends the reset. That holds also if the future is dropped or panics: bytes on their way are lost
+/// then, so neither side may take what it has for all there is.
 pub async fn relay<D: Endpoint, U: Endpoint>(
     downstream: &mut D,
     upstream: &mut U,
@@ -107,37 +108,42 @@ pub async fn relay<D: Endpoint, U: Endpoint>(
     idle: Option<Duration>,
     cut: impl Future<Output = ()>,
 ) -> End {
-    let end = {
-        let mut cut = pin!(cut);
-        let mut relay = Relay {
-            downstream: &mut *downstream,
-            upstream: &mut *upstream,
-            up: Way::new(&counts.to_upstream),
-            down: Way::new(&counts.to_downstream),
-            clock: Clock::new(idle),
-        };
-        std::future::poll_fn(|cx| {
-            if cut.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(End::Cut);
-            }
-            relay.poll(cx)
-        })
-        .await
+    let mut cut = pin!(cut);
+    let mut relay = Relay {
+        downstream,
+        upstream,
+        up: Way::new(&counts.to_upstream),
+        down: Way::new(&counts.to_downstream),
+        clock: Clock::new(idle),
+        finished: false,
     };
-    if !matches!(end, End::Finished) {
-        downstream.abort();
-        upstream.abort();
-    }
-    end
+    std::future::poll_fn(|cx| {
+        if cut.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(End::Cut);
+        }
+        relay.poll(cx)
+    })
+    .await
 }
 
 /// Both directions of one connection.
-struct Relay<'a, D, U> {
+struct Relay<'a, D: Endpoint, U: Endpoint> {
     downstream: &'a mut D,
     upstream: &'a mut U,
     up: Way<'a>,
     down: Way<'a>,
     clock: Clock,
+    /// Both directions have ended in order.
+    finished: bool,
+}
+
+impl<D: Endpoint, U: Endpoint> Drop for Relay<'_, D, U> {
+    fn drop(&mut self) {
+        if !self.finished {
+            self.downstream.abort();
+            self.upstream.abort();
+        }
+    }
 }
 
 impl<D: Endpoint, U: Endpoint> Relay<'_, D, U> {
@@ -160,6 +166,7 @@ impl<D: Endpoint, U: Endpoint> Relay<'_, D, U> {
             }
         }
         if self.up.is_done() && self.down.is_done() {
+            self.finished = true;
             return Poll::Ready(End::Finished);
         }
         self.poll_clock(cx)

@@ -500,3 +500,17 @@ async fn idle_connection_holds_no_buffer() {
     .await;
     assert!(!way.holds_buffer());
 }
+
+/// As at the drain deadline: what was sent so far is not all there is.
+#[tokio::test]
+async fn a_relay_that_is_dropped_resets_both_sides() {
+    let mut ends = over_tcp(None, pending()).await;
+    ends.client.write_all(b"half of it").await.unwrap();
+    let mut seen = [0; 10];
+    ends.server.read_exact(&mut seen).await.unwrap();
+    ends.relay.abort();
+    for application in [&mut ends.client, &mut ends.server] {
+        let read = timeout(SOON, application.read(&mut seen)).await.unwrap();
+        assert_eq!(read.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    }
+}
