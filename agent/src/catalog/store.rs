@@ -15,7 +15,10 @@ use super::{
     model::{Service, ServiceName, Snapshot},
     vip::{VipAllocator, VipProblem},
 };
-use crate::datapath::{ServiceId, VipTarget};
+use crate::{
+    datapath::{ServiceId, VipTarget},
+    stable_hash::fnv1a,
+};
 
 /// One version of the catalog. Immutable: a connection keeps the one it began with.
 #[derive(Debug, Default)]
@@ -29,7 +32,6 @@ pub struct Catalog {
     /// The virtual addresses of each service.
     pub addresses: BTreeMap<ServiceName, BTreeSet<IpAddr>>,
     by_destination: HashMap<SocketAddr, Arc<Service>>,
-    ids: HashMap<ServiceName, ServiceId>,
 }
 
 impl Catalog {
@@ -44,11 +46,6 @@ impl Catalog {
         self.snapshot.services.get(name)
     }
 
-    /// The number by which the kernel knows a service; the same as long as the agent runs.
-    pub fn id_of(&self, name: &ServiceName) -> Option<ServiceId> {
-        self.ids.get(name).copied()
-    }
-
     /// What the kernel must know: every virtual address and port, whose it is, and whether it can be called.
     pub fn vip_targets(&self) -> BTreeMap<SocketAddr, VipTarget> {
         let target = |(destination, service): (&SocketAddr, &Arc<Service>)| {
@@ -56,17 +53,16 @@ impl Catalog {
                 .instances
                 .iter()
                 .any(|instance| instance.weight() > 0);
-            let id = self.id_of(&service.name)?;
-            Some((
-                *destination,
-                VipTarget {
-                    service: id,
-                    reachable,
-                },
-            ))
+            let service = id_of(&service.name);
+            (*destination, VipTarget { service, reachable })
         };
-        self.by_destination.iter().filter_map(target).collect()
+        self.by_destination.iter().map(target).collect()
     }
+}
+
+/// The number by which the kernel knows a service.
+pub fn id_of(name: &ServiceName) -> ServiceId {
+    ServiceId(fnv1a(name.as_str().as_bytes()))
 }
 
 /// Publishes catalogs.
@@ -74,14 +70,8 @@ impl Catalog {
 pub struct CatalogStore {
     current: ArcSwap<Catalog>,
     version: watch::Sender<u64>,
-    publisher: Mutex<Publisher>,
-}
-
-/// What must outlive a catalog: addresses given and numbers given. One publication at a time.
-#[derive(Debug)]
-struct Publisher {
-    allocator: VipAllocator,
-    ids: HashMap<ServiceName, ServiceId>,
+    /// Remembers the addresses given. Locked while publishing.
+    allocator: Mutex<VipAllocator>,
 }
 
 impl CatalogStore {
@@ -90,23 +80,15 @@ impl CatalogStore {
         Self {
             current: ArcSwap::default(),
             version: watch::channel(0).0,
-            publisher: Mutex::new(Publisher {
-                allocator,
-                ids: HashMap::new(),
-            }),
+            allocator: Mutex::new(allocator),
         }
     }
 
     /// Puts a snapshot in force. The problems are about single addresses; the rest holds.
     pub fn publish(&self, snapshot: Snapshot) -> Vec<VipProblem> {
-        let mut publisher = self.publisher.lock();
+        let mut allocator = self.allocator.lock();
         let now = SystemTime::now();
-        let assigned = publisher.allocator.assign(&snapshot, now);
-        for name in snapshot.services.keys() {
-            // Numbers are not given again: a late connection must not find another service behind one.
-            let next = ServiceId(u32::try_from(publisher.ids.len()).unwrap_or(u32::MAX));
-            publisher.ids.entry(name.clone()).or_insert(next);
-        }
+        let assigned = allocator.assign(&snapshot, now);
         let mut by_destination = HashMap::new();
         for (name, addresses) in &assigned.addresses {
             let Some(service) = snapshot.services.get(name) else {
@@ -126,7 +108,6 @@ impl CatalogStore {
             snapshot,
             addresses: assigned.addresses,
             by_destination,
-            ids: publisher.ids.clone(),
         }));
         self.version.send_replace(version);
         assigned.problems
@@ -210,16 +191,15 @@ mod tests {
     }
 
     #[test]
-    fn a_service_keeps_its_number_and_none_is_given_twice() {
-        let store = store();
-        store.publish(snapshot(&["a", "b"]));
-        let b = store.current().id_of(&"b".parse().unwrap());
-        store.publish(snapshot(&["b"]));
-        store.publish(snapshot(&["b", "c"]));
-        let catalog = store.current();
-        assert_eq!(catalog.id_of(&"b".parse().unwrap()), b);
-        let a = catalog.id_of(&"a".parse().unwrap());
-        assert!(a.is_some() && a != catalog.id_of(&"c".parse().unwrap()));
-        assert_eq!(catalog.version, 3);
+    fn a_number_follows_from_the_name() {
+        // A constant: agents of other versions must find the same.
+        assert_eq!(
+            id_of(&"web".parse().unwrap()),
+            ServiceId(0x5ea0_e119_4872_1ef1)
+        );
+        assert_ne!(
+            id_of(&"web".parse().unwrap()),
+            id_of(&"web2".parse().unwrap())
+        );
     }
 }

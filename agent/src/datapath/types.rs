@@ -32,8 +32,9 @@ number! {
     NetnsCookie(u64)
 }
 number! {
-    /// The agent's number of a service name, stable while the agent runs.
-    ServiceId(u32)
+    /// A number that follows from a service's name: the same in every agent, so that one may take over what
+    /// another left in the kernel.
+    ServiceId(u64)
 }
 
 /// A connection as it was before capture.

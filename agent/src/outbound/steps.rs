@@ -8,7 +8,7 @@ use super::{Outbound, OutboundSettings, balance::Choice};
 use crate::{
     catalog::{
         model::{IntentionAction, Service},
-        store::Catalog,
+        store::{Catalog, id_of},
     },
     datapath::Captured,
     identity::{spiffe::SpiffeId, workload_tls::WorkloadTls},
@@ -96,7 +96,7 @@ impl Outbound {
         let catalog = self.catalog.current();
         let service = catalog
             .service_at(captured.destination)
-            .filter(|service| catalog.id_of(&service.name) == Some(captured.service))
+            .filter(|service| id_of(&service.name) == captured.service)
             .map(Arc::clone);
         match service {
             Some(service) => Ok(Callee { service, catalog }),

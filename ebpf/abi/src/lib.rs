@@ -26,7 +26,7 @@ pub use maps::{
 pub use verdict::{FlowEvent, Verdict};
 
 /// Raised with every change of a layout or of its meaning; programs refuse VIPs if it differs.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// How many slots the per-CPU counter map has: verdicts first, then flow events.
 pub const COUNTERS: u32 = 32;

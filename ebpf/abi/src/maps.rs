@@ -39,10 +39,12 @@ impl VipKey {
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct VipValue {
-    /// The agent's number of the service.
-    pub service: u32,
+    /// The service, by a number that follows from its name.
+    pub service: u64,
     /// 1 if the service has an instance that may be called, 0 if not.
     pub reachable: u32,
+    /// Zero.
+    pub zero: u32,
     /// Seals key and content.
     pub check: u64,
 }
@@ -50,11 +52,12 @@ pub struct VipValue {
 impl VipValue {
     /// A value sealed for `key`.
     #[inline(always)]
-    pub const fn new(key: &VipKey, service: u32, reachable: bool) -> Self {
+    pub const fn new(key: &VipKey, service: u64, reachable: bool) -> Self {
         let reachable = reachable as u32;
         Self {
             service,
             reachable,
+            zero: 0,
             check: Self::seal(key, service, reachable),
         }
     }
@@ -66,8 +69,8 @@ impl VipValue {
     }
 
     #[inline(always)]
-    const fn seal(key: &VipKey, service: u32, reachable: u32) -> u64 {
-        mix(key.digest(), ((service as u64) << 32) | reachable as u64)
+    const fn seal(key: &VipKey, service: u64, reachable: u32) -> u64 {
+        mix(mix(key.digest(), service), reachable as u64)
     }
 }
 
@@ -181,8 +184,10 @@ pub struct Origin {
     pub destination_port: PortBe,
     /// The listener's port.
     pub rewritten_port: PortBe,
-    /// The agent's number of the service.
-    pub service: u32,
+    /// User id in the initial user namespace.
+    pub uid: u32,
+    /// The service, by a number that follows from its name.
+    pub service: u64,
     /// Cgroup of the process that called `connect()`.
     pub cgroup: u64,
     /// Cookie of the socket's network namespace.
@@ -193,8 +198,6 @@ pub struct Origin {
     pub stamped_ns: u64,
     /// In `FLOWS`: seals the key. Else 0.
     pub check: u64,
-    /// User id in the initial user namespace.
-    pub uid: u32,
     /// Process id in the initial pid namespace.
     pub process: u32,
     /// Interface the application bound the socket to, if it had to be taken off it; else 0.
@@ -203,6 +206,8 @@ pub struct Origin {
     pub role: Role,
     /// [`STATE_CALLBACK_ARMED`].
     pub flags: u16,
+    /// Zero.
+    pub zero: u32,
 }
 
 /// The only value of the map `CONFIG`.
@@ -274,11 +279,11 @@ macro_rules! assert_layout {
 assert_layout! {
     Address: 16, 4;
     VipKey: 20, 4;
-    VipValue: 16, 8;
+    VipValue: 24, 8;
     KnownAddress: 8, 8;
     ListenerKey: 16, 8;
     FlowKey: 48, 8;
-    Origin: 96, 8;
+    Origin: 104, 8;
     crate::Ranges: 40, 4;
     Config: 64, 8;
     Refusal: 64, 8;

@@ -267,7 +267,7 @@ proptest! {
     }
 
     #[test]
-    fn a_value_of_another_key_is_not_taken(a: u32, b: u32, port: u16, other_port: u16, service: u32) {
+    fn a_value_of_another_key_is_not_taken(a: u32, b: u32, port: u16, other_port: u16, service: u64) {
         let key = |bits: u32, port| {
             VipKey::new(Address::from_v4_word(bits), PortBe::from_host(port))
         };

@@ -149,6 +149,7 @@ fn capture(
         bound_device,
         role: Role::CLIENT,
         flags: 0,
+        zero: 0,
     };
     if !origins::remember(socket, &origin) {
         return Err(Verdict::RefusedStorage);
