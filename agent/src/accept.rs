@@ -4,7 +4,10 @@ use std::{future::Future, io, net::SocketAddr, time::Duration};
 
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::{lifecycle::Shutdown, telemetry::log::chain};
+use crate::{
+    lifecycle::Shutdown,
+    telemetry::{Telemetry, log::chain, record::Direction},
+};
 
 /// How long to pause when the process or the host is out of descriptors or memory: the first time, and at most.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
@@ -15,7 +18,8 @@ const BACK_OFF: (Duration, Duration) = (Duration::from_millis(5), Duration::from
 /// for connections that end free what is missing.
 pub async fn accept_all(
     listener: TcpListener,
-    what: &'static str,
+    direction: Direction,
+    telemetry: &Telemetry,
     shutdown: &Shutdown,
     mut handle: impl FnMut(TcpStream, SocketAddr),
 ) {
@@ -28,7 +32,8 @@ pub async fn accept_all(
             }
             Err(error) if is_of_one_connection(&error) => {}
             Err(error) => {
-                tracing::warn!(listener = what, error = %chain(&error), "accept failed, backing off");
+                telemetry.metrics().accept_failed(direction);
+                tracing::warn!(direction = direction.as_str(), error = %chain(&error), "accept failed, backing off");
                 if until_draining(shutdown, tokio::time::sleep(pause))
                     .await
                     .is_none()

@@ -114,17 +114,23 @@ impl Inbound {
     /// Serves one tunnel listener until draining starts.
     pub async fn serve(self: Arc<Self>, listener: TcpListener, port: u16) {
         let shutdown = self.shutdown.clone();
-        accept_all(listener, "tunnel", &shutdown, |stream, peer| {
-            let Some(slot) = self.connections.admit(Direction::Inbound) else {
-                refuse_at_limit(&self.telemetry, Direction::Inbound, stream, peer);
-                return;
-            };
-            let inbound = Arc::clone(&self);
-            self.shutdown.spawn("inbound connection", async move {
-                inbound.carry(stream, peer, port).await;
-                drop(slot);
-            });
-        })
+        accept_all(
+            listener,
+            Direction::Inbound,
+            &self.telemetry,
+            &shutdown,
+            |stream, peer| {
+                let Some(slot) = self.connections.admit(Direction::Inbound) else {
+                    refuse_at_limit(&self.telemetry, Direction::Inbound, stream, Some(peer));
+                    return;
+                };
+                let inbound = Arc::clone(&self);
+                self.shutdown.spawn("inbound connection", async move {
+                    inbound.carry(stream, peer, port).await;
+                    drop(slot);
+                });
+            },
+        )
         .await;
     }
 
@@ -166,9 +172,10 @@ impl Inbound {
             Arc::clone(&counts),
         );
         live.connection.carried_by(&target.instance.id);
+        record.enter(Stage::Policy);
         let outcome = match self.authorise(&source, &target, record) {
             Ok(permit) => {
-                self.deliver_and_relay(permit, &mut downstream, &live.connection, settings)
+                self.deliver_and_relay(permit, &mut downstream, &live.connection, settings, record)
                     .await
             }
             Err(outcome) => outcome,
@@ -188,9 +195,11 @@ impl Inbound {
         record: &mut ConnectionRecord,
     ) -> Result<(Arc<Target>, SpiffeId, TunnelStream), Outcome> {
         let deadline = tokio::time::Instant::now() + limit;
+        record.enter(Stage::Handshake);
         let incoming = Incoming::read_hello(stream, deadline)
             .await
             .map_err(handshake_failed)?;
+        record.enter(Stage::Route);
         let target = self
             .targets
             .load()
@@ -202,6 +211,7 @@ impl Inbound {
             })?;
         record.service(&target.service);
         record.instance(&target.instance.id);
+        record.enter(Stage::Identity);
         let identity = self.local.identity_of(&target.service);
         let tls = self
             .certificates
@@ -212,10 +222,12 @@ impl Inbound {
                 side: Side::Internal,
                 error: chain(&error).to_string(),
             })?;
+        record.enter(Stage::Handshake);
         let (stream, source) = incoming
             .handshake(&tls, deadline)
             .await
             .map_err(handshake_failed)?;
+        record.handshaken();
         Ok((target, source, stream))
     }
 
@@ -241,7 +253,9 @@ impl Inbound {
         downstream: &mut TunnelStream,
         live: &Connection,
         settings: InboundSettings,
+        record: &mut ConnectionRecord,
     ) -> Outcome {
+        record.enter(Stage::Deliver);
         let catalog = self.catalog.current();
         let defaults = catalog.service(&target.service).map(|s| s.defaults.clone());
         let defaults = defaults.unwrap_or_default();
@@ -276,6 +290,8 @@ impl Inbound {
                 };
             }
         };
+        record.connected();
+        record.enter(Stage::Relay);
         let idle = settings.idle_timeout;
         let end = relay::relay(downstream, &mut upstream, &live.counts, idle, live.cut()).await;
         Outcome::of_relay(&end, || live.cut_reason().unwrap_or_default())

@@ -74,28 +74,33 @@ impl Outbound {
     /// Serves one capture listener until draining starts.
     pub async fn serve(self: Arc<Self>, listener: TcpListener) {
         let shutdown = self.shutdown.clone();
-        accept_all(listener, "capture", &shutdown, |stream, peer| {
-            let Some(slot) = self.connections.admit(Direction::Outbound) else {
-                refuse_at_limit(&self.telemetry, Direction::Outbound, stream, peer);
-                return;
-            };
-            let outbound = Arc::clone(&self);
-            self.shutdown.spawn("outbound connection", async move {
-                outbound.carry(stream, peer).await;
-                drop(slot);
-            });
-        })
+        accept_all(
+            listener,
+            Direction::Outbound,
+            &self.telemetry,
+            &shutdown,
+            |stream, peer| {
+                let Some(slot) = self.connections.admit(Direction::Outbound) else {
+                    refuse_at_limit(&self.telemetry, Direction::Outbound, stream, None);
+                    return;
+                };
+                let outbound = Arc::clone(&self);
+                self.shutdown.spawn("outbound connection", async move {
+                    outbound.carry(stream, peer).await;
+                    drop(slot);
+                });
+            },
+        )
         .await;
     }
 
     /// Carries one accepted connection to its end. Always leaves one access-log line.
     async fn carry(&self, mut downstream: TcpStream, peer: SocketAddr) {
         let mut record = ConnectionRecord::begin(&self.telemetry, Direction::Outbound);
-        record.peer(peer);
         let outcome = tokio::select! {
             biased;
             () = self.shutdown.forced() => Outcome::Cut(DRAINED.to_owned()),
-            outcome = self.carry_recorded(&mut downstream, &mut record) => outcome,
+            outcome = self.carry_recorded(&mut downstream, peer, &mut record) => outcome,
         };
         if !matches!(outcome, Outcome::Completed) {
             downstream.abort();
@@ -106,19 +111,22 @@ impl Outbound {
     async fn carry_recorded(
         &self,
         downstream: &mut TcpStream,
+        client: SocketAddr,
         record: &mut ConnectionRecord,
     ) -> Outcome {
         let settings = **self.settings.load();
-        let captured = match self.capture(downstream) {
+        let captured = match self.capture(downstream, client) {
             Ok(captured) => captured,
             Err(outcome) => return outcome,
         };
         record.original_destination(captured.destination);
+        record.enter(Stage::Identity);
         let caller = match self.identify(&captured).await {
             Ok(caller) => caller,
             Err(outcome) => return outcome,
         };
         record.source(&caller.identity, &caller.identity.service);
+        record.enter(Stage::Route);
         let callee = match self.destination(&captured) {
             Ok(callee) => callee,
             Err(outcome) => return outcome,
@@ -134,10 +142,12 @@ impl Outbound {
             callee.service.name.clone(),
             Arc::clone(&counts),
         );
+        record.enter(Stage::Policy);
         let permit = match self.authorise(&caller, &callee, record) {
             Ok(permit) => permit,
             Err(outcome) => return outcome,
         };
+        record.enter(Stage::Route);
         let opened = tokio::select! {
             biased;
             () = live.connection.cut() => return cut_outcome(&live.connection),
@@ -149,6 +159,7 @@ impl Outbound {
         };
         live.connection.carried_by(&choice.instance.id);
 
+        record.enter(Stage::Relay);
         let cut = live.connection.cut();
         let end = relay::relay(
             downstream,
@@ -172,10 +183,12 @@ pub(crate) fn refuse_at_limit(
     telemetry: &Telemetry,
     direction: Direction,
     mut stream: TcpStream,
-    peer: SocketAddr,
+    peer: Option<SocketAddr>,
 ) {
     let mut record = ConnectionRecord::begin(telemetry, direction);
-    record.peer(peer);
+    if let Some(peer) = peer {
+        record.peer(peer);
+    }
     stream.abort();
     record.finish(Outcome::Failed {
         stage: Stage::Capture,

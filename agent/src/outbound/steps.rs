@@ -1,6 +1,6 @@
 //! The steps of an outbound connection, in order. Each says by its types what must have come before.
 
-use std::{sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::net::TcpStream;
 
@@ -17,10 +17,7 @@ use crate::{
         rate::OncePer,
         record::{ConnectionRecord, Outcome, Side, Stage},
     },
-    tunnel::{
-        TunnelStream,
-        connect::{self, TunnelError},
-    },
+    tunnel::{self, TunnelStream, connect::TunnelError},
 };
 
 /// Who calls, proved by the kernel, with the certificate to show for it.
@@ -51,7 +48,11 @@ impl Outbound {
     /// Step 3: what the eBPF programs recorded for this socket.
     ///
     /// No record means that somebody connected straight to the listener, and is refused.
-    pub(super) fn capture(&self, downstream: &TcpStream) -> Result<Captured, Outcome> {
+    pub(super) fn capture(
+        &self,
+        downstream: &TcpStream,
+        client: SocketAddr,
+    ) -> Result<Captured, Outcome> {
         use std::os::fd::AsFd as _;
         let failed = |side, error| Outcome::Failed {
             stage: Stage::Capture,
@@ -62,8 +63,10 @@ impl Outbound {
             Ok(Some(captured)) => Ok(captured),
             Ok(None) => {
                 self.telemetry.metrics().uncaptured();
-                let error = "not captured: a direct connection to the capture listener";
-                Err(failed(Side::Downstream, error.to_owned()))
+                let error = format!(
+                    "not captured: a direct connection from {client} to the capture listener"
+                );
+                Err(failed(Side::Downstream, error))
             }
             Err(error) => Err(failed(Side::Internal, chain(&error).to_string())),
         }
@@ -141,8 +144,8 @@ impl Outbound {
         while tried.len() < ATTEMPTS
             && let Some(choice) = self.balancer.choose(&callee.service, &tried)
         {
-            record.instance(&choice.instance.id);
-            match self.dial(caller, callee, &choice, settings).await {
+            let opened = self.open_to(caller, callee, &choice, settings, record);
+            match opened.await {
                 Ok(stream) => {
                     choice.succeeded();
                     return Ok((choice, stream));
@@ -151,7 +154,7 @@ impl Outbound {
                     let ejected = choice.failed(settings.ejection);
                     tracing::debug!(
                         instance = %choice.instance.id, ejected, error = %chain(&error),
-                        "dial failed"
+                        "no tunnel to this instance"
                     );
                     last_error = Some(error);
                     tried.push(choice);
@@ -175,25 +178,28 @@ impl Outbound {
         })
     }
 
-    async fn dial(
+    async fn open_to(
         &self,
         caller: &Caller,
         callee: &Callee,
         choice: &Choice,
         settings: OutboundSettings,
+        record: &mut ConnectionRecord,
     ) -> Result<TunnelStream, TunnelError> {
+        let Choice { instance, .. } = choice;
+        record.instance(&instance.id);
+        record.peer(instance.tunnel);
+        record.enter(Stage::Dial);
+        let dialled = tunnel::connect::dial(instance.tunnel, settings.connect_timeout).await?;
+        record.connected();
+
+        record.enter(Stage::Handshake);
         let expected = self.local.identity_of(&callee.service.name);
-        let target = connect::Target {
-            address: choice.instance.tunnel,
-            identity: &expected,
-            sni: self
-                .local
-                .instance_sni(&callee.service.name, &choice.instance.id),
-        };
-        let timeouts = connect::Timeouts {
-            connect: settings.connect_timeout,
-            handshake: settings.handshake_timeout,
-        };
-        connect::connect(target, &caller.tls, timeouts).await
+        let sni = self.local.instance_sni(&callee.service.name, &instance.id);
+        let stream = dialled
+            .handshake(sni, &expected, &caller.tls, settings.handshake_timeout)
+            .await?;
+        record.handshaken();
+        Ok(stream)
     }
 }

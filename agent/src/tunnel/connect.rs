@@ -19,26 +19,6 @@ use crate::{
 /// A peer that vanished without a word is noticed after idle + interval * retries.
 const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(60), Duration::from_secs(15), 4);
 
-/// Where a tunnel goes, and who must be there.
-#[derive(Debug)]
-pub struct Target<'a> {
-    /// The other node's tunnel address.
-    pub address: SocketAddr,
-    /// The identity that its certificate must show.
-    pub identity: &'a SpiffeId,
-    /// The server name that selects the instance there.
-    pub sni: String,
-}
-
-/// How long opening may take.
-#[derive(Debug, Clone, Copy)]
-pub struct Timeouts {
-    /// The TCP connect.
-    pub connect: Duration,
-    /// The TLS handshake.
-    pub handshake: Duration,
-}
-
 /// A tunnel that did not come to be.
 #[derive(Debug, thiserror::Error)]
 pub enum TunnelError {
@@ -90,37 +70,48 @@ impl TunnelError {
     }
 }
 
-/// Opens a tunnel as the workload that `tls` belongs to. No byte of the application is sent before the peer
-/// has proved to be `target.identity`.
+/// A connection to another node's tunnel port. Nothing was sent.
+#[derive(Debug)]
+pub struct Dialled(TcpStream);
+
+/// Connects to another node's tunnel port.
 ///
 /// # Errors
-/// See [`TunnelError`]; another instance may be tried after each.
-pub async fn connect(
-    target: Target<'_>,
-    tls: &WorkloadTls,
-    timeouts: Timeouts,
-) -> Result<TunnelStream, TunnelError> {
-    let address = target.address;
-    let dial = tokio::time::timeout(timeouts.connect, TcpStream::connect(address)).await;
-    let stream = match dial {
-        Ok(connected) => connected.map_err(|source| TunnelError::Dial { address, source })?,
-        Err(_) => {
-            return Err(TunnelError::DialTimeout {
-                address,
-                limit: timeouts.connect,
-            });
+/// [`TunnelError::Dial`] or [`TunnelError::DialTimeout`]; another instance may be tried.
+pub async fn dial(address: SocketAddr, limit: Duration) -> Result<Dialled, TunnelError> {
+    let failed = |source| TunnelError::Dial { address, source };
+    match tokio::time::timeout(limit, TcpStream::connect(address)).await {
+        Ok(connected) => {
+            let stream = connected.map_err(failed)?;
+            prepare(&stream).map_err(failed)?;
+            Ok(Dialled(stream))
         }
-    };
-    prepare(&stream).map_err(|source| TunnelError::Dial { address, source })?;
-    let name = ServerName::try_from(target.sni.clone())
-        .map_err(|_invalid| TunnelError::ServerName(target.sni))?;
-    let connector = TlsConnector::from(tls.client_config(target.identity));
-    let handshake = tokio::time::timeout(timeouts.handshake, connector.connect(name, stream));
-    match handshake.await {
-        Ok(done) => done
-            .map(|tls| TunnelStream::new(tls.into()))
-            .map_err(TunnelError::Handshake),
-        Err(_) => Err(TunnelError::HandshakeTimeout),
+        Err(_) => Err(TunnelError::DialTimeout { address, limit }),
+    }
+}
+
+impl Dialled {
+    /// Opens the tunnel as the workload that `tls` belongs to, to the instance that `sni` selects. No byte of
+    /// the application is sent before the peer has proved to be `expected`.
+    ///
+    /// # Errors
+    /// See [`TunnelError`]; another instance may be tried after each.
+    pub async fn handshake(
+        self,
+        sni: String,
+        expected: &SpiffeId,
+        tls: &WorkloadTls,
+        limit: Duration,
+    ) -> Result<TunnelStream, TunnelError> {
+        let name =
+            ServerName::try_from(sni.clone()).map_err(|_invalid| TunnelError::ServerName(sni))?;
+        let connector = TlsConnector::from(tls.client_config(expected));
+        match tokio::time::timeout(limit, connector.connect(name, self.0)).await {
+            Ok(done) => done
+                .map(|tls| TunnelStream::new(tls.into()))
+                .map_err(TunnelError::Handshake),
+            Err(_) => Err(TunnelError::HandshakeTimeout),
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use tokio::{
 
 use super::{
     TunnelStream,
-    connect::{Incoming, Target, Timeouts, TunnelError, connect},
+    connect::{self, Incoming, TunnelError},
 };
 use crate::{
     identity::{
@@ -79,20 +79,9 @@ async fn dial(
     tls: &WorkloadTls,
     expected: &SpiffeId,
 ) -> Result<TunnelStream, TunnelError> {
-    let target = Target {
-        address,
-        identity: expected,
-        sni: "db.example.test".to_owned(),
-    };
-    connect(
-        target,
-        tls,
-        Timeouts {
-            connect: LIMIT,
-            handshake: LIMIT,
-        },
-    )
-    .await
+    let sni = "db.example.test".to_owned();
+    let dialled = connect::dial(address, LIMIT).await?;
+    dialled.handshake(sni, expected, tls, LIMIT).await
 }
 
 async fn take(

@@ -188,6 +188,7 @@ struct Inner {
     direction: Direction,
     started: Instant,
     stage: Stage,
+    entered: Instant,
     identity: Option<String>,
     source: Option<ServiceName>,
     service: Option<ServiceName>,
@@ -201,12 +202,14 @@ struct Inner {
 impl ConnectionRecord {
     /// Starts the record, and the connection's clock.
     pub fn begin(telemetry: &Telemetry, direction: Direction) -> Self {
+        let now = Instant::now();
         Self {
             inner: Some(Box::new(Inner {
                 telemetry: telemetry.clone(),
                 direction,
-                started: Instant::now(),
+                started: now,
                 stage: Stage::Capture,
+                entered: now,
                 identity: None,
                 source: None,
                 service: None,
@@ -221,7 +224,26 @@ impl ConnectionRecord {
 
     /// The step that begins now; named if the connection's task is dropped in it.
     pub fn enter(&mut self, stage: Stage) {
-        self.set(|inner| inner.stage = stage);
+        self.set(|inner| {
+            inner.stage = stage;
+            inner.entered = Instant::now();
+        });
+    }
+
+    /// The connect of the step entered last succeeded: to the other node, or to the application.
+    pub fn connected(&mut self) {
+        self.set(|inner| {
+            let metrics = inner.telemetry.metrics();
+            metrics.connected(inner.direction, inner.entered.elapsed());
+        });
+    }
+
+    /// The TLS handshake of the step entered last succeeded.
+    pub fn handshaken(&mut self) {
+        self.set(|inner| {
+            let metrics = inner.telemetry.metrics();
+            metrics.handshaken(inner.direction, inner.entered.elapsed());
+        });
     }
 
     /// Who calls: the full identity for the access log, its service for the metrics.

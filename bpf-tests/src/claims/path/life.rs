@@ -189,10 +189,24 @@ pub(super) fn every_connection_is_counted_once(size: Size) -> Result<Finding> {
             Ok((lines >= expected).then_some(lines))
         })?;
         holds &= lines == expected && (counted - f64::from(expected)).abs() < 0.5;
+        for step in ["connect", "handshake"] {
+            let metric = format!("sidestep_{step}_duration_seconds_count");
+            // A denied call gets to neither step outbound.
+            holds &= (node.metric(&metric, &[&label])? - f64::from(calls)).abs() < 0.5;
+        }
         seen.push(format!(
             "{direction}: {lines} lines, {counted} counted of {expected}"
         ));
     }
+    let peer = format!("peer={}:", mesh.lab.b.address());
+    let peers = mesh
+        .lab
+        .a
+        .access_log()
+        .iter()
+        .filter(|line| line.contains(&peer))
+        .count();
+    holds &= peers == calls as usize;
     Ok(Finding::new(holds, seen.join("; ")))
 }
 
