@@ -333,6 +333,17 @@ impl Node {
             .signal(signal)
     }
 
+    /// Sets how many files the agent may open.
+    ///
+    /// # Errors
+    /// If it has ended.
+    pub fn limit_agent_files(&self, limit: u64) -> Result<()> {
+        self.agent
+            .as_ref()
+            .context("the agent does not run")?
+            .limit_open_files(limit)
+    }
+
     /// Waits for the agent's end and returns its exit code.
     ///
     /// # Errors

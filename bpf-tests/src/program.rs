@@ -23,7 +23,7 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     process::{
         Gid, Pid, PidfdFlags, Resource, Rlimit, Signal, Uid, getrlimit, kill_process, pidfd_open,
-        setrlimit,
+        prlimit, setrlimit,
     },
     thread::{
         LinkNameSpaceType, move_into_link_name_space, set_thread_gid, set_thread_groups,
@@ -359,6 +359,20 @@ impl Running {
         poll(&mut [PollFd::new(&handle, PollFlags::IN)], Some(&deadline))
             .with_context(|| format!("waiting for {}", self.name))?;
         self.ended()
+    }
+
+    /// Sets how many files it may open, at most [`open_files_limit`].
+    ///
+    /// # Errors
+    /// If it has ended.
+    pub fn limit_open_files(&self, limit: u64) -> Result<()> {
+        let limits = Rlimit {
+            current: Some(limit),
+            maximum: Some(open_files_limit()),
+        };
+        prlimit(Some(self.pid()?), Resource::Nofile, limits)
+            .with_context(|| format!("limiting the open files of {}", self.name))?;
+        Ok(())
     }
 
     /// Sends it `signal`.

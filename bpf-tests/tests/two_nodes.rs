@@ -49,6 +49,7 @@ claims! {
     every_connection_is_counted_once
     a_stop_drains
     connections_reach_the_right_service
+    an_agent_out_of_files_catches_up
     many_connections_at_once
 }
 

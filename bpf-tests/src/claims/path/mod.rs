@@ -51,6 +51,7 @@ pub const TOPIC: Topic = Topic {
         life::every_connection_is_counted_once: "every connection has one access-log line and one count on each side";
         life::a_stop_drains: "told to stop, the agent lets live connections end and takes no new ones";
         scale::connections_reach_the_right_service: "connections from 32 threads to 500 virtual addresses reach the right service, each";
+        scale::an_agent_out_of_files_catches_up: "an agent that may open no more files keeps callers waiting and serves them once it may";
         scale::many_connections_at_once: "one workload holds more connections at once than there are ephemeral ports";
     },
 };

@@ -10,6 +10,7 @@ use crate::{
     mesh::{Mesh, local, vip},
     program::open_files_limit,
     services,
+    wait::{SOON, wait_for},
     workload::Kind,
 };
 
@@ -82,6 +83,40 @@ pub(super) fn many_connections_at_once(size: Size) -> Result<Finding> {
             load.ports,
             load.remark,
             errors(&report)
+        ),
+    ))
+}
+
+pub(super) fn an_agent_out_of_files_catches_up(_size: Size) -> Result<Finding> {
+    const CALLERS: usize = 5;
+    let mut mesh = Mesh::new("files")?;
+    let place = mesh.place("web", "web", Kind::Cgroup)?;
+    mesh.register("web", "web", vip(1, 80), local(8080));
+    mesh.keep(services::http(&place, local(8080), "web")?);
+    mesh.start()?;
+
+    let node = &mesh.lab.a;
+    // Not one more than standard input, output and error.
+    node.limit_agent_files(3)?;
+    let url = format!("http://{}/", vip(1, 80));
+    let mut callers = vec![];
+    for _ in 0..CALLERS {
+        callers.push(mesh.shop.curl(&url).spawn()?);
+    }
+    wait_for("the agent to notice", SOON, || {
+        node.agent_said().contains("accept failed")
+    })?;
+    node.limit_agent_files(open_files_limit())?;
+    let mut served = 0;
+    for caller in &mut callers {
+        let ended = caller.wait(SOON)?;
+        served += usize::from(ended.is_some_and(|status| status.success()));
+    }
+    let counted = node.metric("sidestep_accept_errors_total", &["direction=\"outbound\""])?;
+    Ok(Finding::new(
+        served == CALLERS && counted > 0.0,
+        format!(
+            "{served} of {CALLERS} callers served in the end, {counted} failed accepts counted"
         ),
     ))
 }
