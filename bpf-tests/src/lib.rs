@@ -14,6 +14,7 @@ pub mod lab;
 pub mod node;
 pub mod workload;
 pub mod services;
+pub mod foreign;
 pub mod wire;
 pub mod mesh;
 pub mod claims;

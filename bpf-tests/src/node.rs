@@ -47,6 +47,7 @@ pub struct Node {
     namespace: Namespace,
     cgroup: Cgroup,
     directory: PathBuf,
+    bpffs: PathBuf,
     authority: (PathBuf, PathBuf),
     catalog: PathBuf,
     workloads: Vec<String>,
@@ -73,6 +74,7 @@ impl Node {
             namespace,
             cgroup,
             directory: scratch.subdirectory(name)?,
+            bpffs: scratch.bpffs(&format!("{name}/bpf"))?,
             authority: authority(scratch)?,
             catalog: scratch.directory().join("catalog"),
             workloads: vec![],
@@ -381,6 +383,7 @@ state_dir = \"{directory}/state\"
 
 [capture]
 cgroups = [\"{cgroup}/workloads\"]
+pin_directory = \"{pins}\"
 {capture}
 
 [catalog]
@@ -405,6 +408,7 @@ socket = \"{socket}\"
             name = self.name,
             address = self.address,
             cgroup = self.cgroup.path(),
+            pins = self.pin_directory().display(),
             capture = self.capture.join("\n"),
             catalog = self.catalog.display(),
             certificate = certificate.display(),
@@ -417,6 +421,11 @@ socket = \"{socket}\"
             let _written = writeln!(text, "{part}");
         }
         text
+    }
+
+    /// Where the agent keeps its programs and maps.
+    pub fn pin_directory(&self) -> PathBuf {
+        self.bpffs.join("sidestep")
     }
 
     /// Where the agent answers `sidestep status`.

@@ -16,7 +16,7 @@ use anyhow::{Context as _, Result, ensure};
 use parking_lot::Mutex;
 use rustix::{
     fs::{FlockOperation, flock},
-    mount::UnmountFlags,
+    mount::{MountFlags, UnmountFlags, mount},
 };
 
 use crate::{cgroup, programs};
@@ -86,6 +86,17 @@ impl Scratch {
     pub fn subdirectory(&self, name: &str) -> Result<PathBuf> {
         let path = self.directory.join(name);
         fs::create_dir_all(&path).with_context(|| format!("creating {}", path.display()))?;
+        Ok(path)
+    }
+
+    /// Mounts a bpffs of its own below the run's directory.
+    ///
+    /// # Errors
+    /// If it cannot be mounted.
+    pub fn bpffs(&self, name: &str) -> Result<PathBuf> {
+        let path = self.subdirectory(name)?;
+        mount("bpf", &path, "bpf", MountFlags::empty(), None)
+            .with_context(|| format!("mounting bpffs at {}", path.display()))?;
         Ok(path)
     }
 }

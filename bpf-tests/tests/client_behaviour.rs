@@ -26,8 +26,8 @@ use bpf_tests::{
 };
 use serde_json::{Value, json};
 use sidestep::datapath::{
-    Captured, CgroupId, Datapath, DatapathSettings, FlowEvent, ServiceId, Verdict, VipRanges,
-    VipTarget,
+    Captured, CgroupId, Datapath, DatapathSettings, FlowEvent, ServiceId, Undesired, Verdict,
+    VipRanges, VipTarget,
     cgroup::id_of_directory,
     listener::{self, CaptureListeners},
     netns::Netns,
@@ -112,7 +112,7 @@ impl Bench {
         // Listeners belong to the cgroup that they are made in; this process is the agent here.
         let home = home();
         agent.enter().unwrap();
-        let datapath = Datapath::load(&DatapathSettings {
+        let settings = DatapathSettings {
             cgroups: vec![attach.directory().to_owned()],
             agent_cgroup: agent.directory().to_owned(),
             vip_ranges: VipRanges {
@@ -123,8 +123,8 @@ impl Bench {
             max_flows: 1024,
             so_original_dst: options.so_original_dst,
             debug: false,
-        })
-        .unwrap();
+        };
+        let datapath = Datapath::load(settings, None).unwrap();
         let mut bench = Self {
             datapath,
             listeners: None,
@@ -136,7 +136,9 @@ impl Bench {
             scratch,
         };
         bench.fill();
+        bench.datapath.attach_hand_over().unwrap();
         bench.listen();
+        bench.datapath.attach_capture().unwrap();
         bench
     }
 
@@ -156,7 +158,7 @@ impl Bench {
             .into_iter()
             .map(|(text, target)| (text.parse().unwrap(), target))
             .collect();
-        let changed = self.datapath.reconcile(&vips).unwrap();
+        let changed = self.datapath.reconcile(&vips, Undesired::Remove).unwrap();
         assert_eq!((changed.added, changed.changed, changed.removed), (5, 0, 0));
     }
 
@@ -677,7 +679,7 @@ fn what_is_gone_from_the_catalog_is_gone_from_the_kernel() {
     };
     let changed = bench
         .datapath
-        .reconcile(&BTreeMap::from([(one, target)]))
+        .reconcile(&BTreeMap::from([(one, target)]), Undesired::Remove)
         .unwrap();
     assert_eq!((changed.added, changed.changed, changed.removed), (0, 0, 4));
     let said = bench.client(

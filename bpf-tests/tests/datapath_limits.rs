@@ -26,7 +26,8 @@ use bpf_tests::{
     wait::{SOON, wait_for_value},
 };
 use sidestep::datapath::{
-    Captured, Datapath, DatapathSettings, FlowEvent, ServiceId, Verdict, VipRanges, VipTarget,
+    Captured, Datapath, DatapathSettings, FlowEvent, ServiceId, Undesired, Verdict, VipRanges,
+    VipTarget,
     listener::{self, CaptureListeners},
     netns::Netns,
 };
@@ -59,7 +60,7 @@ impl Bench {
         prepare(&namespace);
         let home = home();
         agent.enter().unwrap();
-        let datapath = Datapath::load(&DatapathSettings {
+        let settings = DatapathSettings {
             cgroups: attach(workload.directory().to_owned()),
             agent_cgroup: agent.directory().to_owned(),
             vip_ranges: VipRanges {
@@ -70,14 +71,16 @@ impl Bench {
             max_flows: 65_536,
             so_original_dst: false,
             debug: false,
-        })
-        .unwrap();
+        };
+        let datapath = Datapath::load(settings, None).unwrap();
         let netns = Netns::open(namespace.path()).unwrap();
         let listeners = listener::listen(&netns, PORT).unwrap();
-        datapath.reconcile(&catalog(0)).unwrap();
+        datapath.reconcile(&catalog(0), Undesired::Remove).unwrap();
+        datapath.attach_hand_over().unwrap();
         datapath
             .enrol_netns(netns.cookie().unwrap(), &listeners)
             .unwrap();
+        datapath.attach_capture().unwrap();
         Self {
             datapath,
             listeners,
@@ -157,7 +160,10 @@ fn catalog(network: u8) -> BTreeMap<SocketAddr, VipTarget> {
 #[test]
 fn a_full_catalog_can_be_replaced_by_another() {
     let bench = Bench::new("replace", |workload| vec![workload], |_| {});
-    let changed = bench.datapath.reconcile(&catalog(1)).unwrap();
+    let changed = bench
+        .datapath
+        .reconcile(&catalog(1), Undesired::Remove)
+        .unwrap();
     let few = FEW as usize;
     assert_eq!(
         (changed.added, changed.changed, changed.removed),

@@ -2,31 +2,13 @@
 
 #![expect(
     clippy::tests_outside_test_module,
-    clippy::panic,
     reason = "an integration test is a test module"
 )]
 
-use bpf_tests::claims::{Size, path};
+use bpf_tests::{claims::path::TOPIC, test_claims};
 
-macro_rules! claims {
-    ($($name:ident)*) => {
-        $(
-            #[test]
-            fn $name() {
-                check(stringify!($name));
-            }
-        )*
-
-        #[test]
-        fn no_claim_is_without_a_test() {
-            let tested = [$(stringify!($name)),*];
-            let claimed: Vec<_> = path::TOPIC.claims.iter().map(|claim| claim.name).collect();
-            assert_eq!(tested.as_slice(), claimed);
-        }
-    };
-}
-
-claims! {
+test_claims! {
+    TOPIC:
     a_host_like_this_is_accepted
     curl_reaches_nginx
     psql_reaches_postgresql
@@ -51,15 +33,4 @@ claims! {
     connections_reach_the_right_service
     an_agent_out_of_files_catches_up
     many_connections_at_once
-}
-
-fn check(name: &str) {
-    let claim = path::TOPIC.claims.iter().find(|claim| claim.name == name);
-    let Some(claim) = claim else {
-        panic!("there is no claim {name}");
-    };
-    match (claim.check)(Size::Quick) {
-        Ok(finding) => assert!(finding.holds, "{}: {}", claim.says, finding.figure),
-        Err(error) => panic!("{}: {error:#}", claim.says),
-    }
 }

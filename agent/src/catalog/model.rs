@@ -13,9 +13,12 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-/// Everything one source said at one moment, whole.
+/// Everything one source said at one moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Snapshot {
+    /// Whether the source could be read whole since the agent started. Until then what is missing here may only
+    /// be unreadable, and nothing that an agent before knew is removed.
+    pub is_whole: bool,
     /// Services by name. A service with only a `service-defaults` entry is here too, without instances.
     pub services: BTreeMap<ServiceName, Arc<Service>>,
     /// Intentions in no particular order; [`crate::policy`] sorts them by precedence.

@@ -152,6 +152,7 @@ mod tests {
             (name, Arc::new(service))
         };
         Snapshot {
+            is_whole: true,
             services: names.iter().map(service).collect(),
             intentions: vec![],
         }

@@ -25,6 +25,7 @@ pub(super) fn check(args: &CheckArgs) -> ExitCode {
             Ok(config) => Scope {
                 cgroups: config.capture.cgroups,
                 agent_cgroup: config.agent.cgroup,
+                pin_directory: config.capture.pin_directory,
                 addresses: [
                     Some(SocketAddr::from(([127, 0, 0, 1], config.capture.port))),
                     Some(SocketAddr::new(config.tunnel.listen, config.tunnel.port)),

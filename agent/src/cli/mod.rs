@@ -6,6 +6,7 @@
 mod ca;
 mod check;
 mod connections;
+mod detach;
 mod log;
 mod output;
 mod run;
@@ -44,6 +45,8 @@ enum Command {
     Status(status::StatusArgs),
     /// Show the live connections of the running agent.
     Connections(status::StatusArgs),
+    /// Take out of the kernel what an agent left there when it ended. Not while it runs.
+    Detach(detach::DetachArgs),
     /// Change what the running agent logs, until it ends or is reloaded.
     Log(log::LogArgs),
     /// Make and show certificate authorities.
@@ -79,6 +82,7 @@ pub fn main() -> ExitCode {
         Command::Check(args) => check::check(&args),
         Command::Status(args) => status::status(&args),
         Command::Connections(args) => connections::connections(&args),
+        Command::Detach(args) => detach::detach(&args),
         Command::Log(args) => log::log(&args),
         Command::Ca(command) => ca::ca(command),
     }

@@ -187,6 +187,15 @@ fn capture(c: &mut Checker<'_>, raw: raw::Capture) -> CaptureConfig {
             format!("{value}: expected 1 to {}", 1 << 24)
         });
     }
+    let pins = (raw.pin_directory.as_os_str() != "off").then_some(raw.pin_directory);
+    if let Some(path) = &pins {
+        c.expect(path.is_absolute(), "capture.pin_directory", || {
+            format!(
+                "\"{}\": expected \"off\" or an absolute path",
+                path.display()
+            )
+        });
+    }
     CaptureConfig {
         cgroups: raw.cgroups,
         port: raw.port,
@@ -194,6 +203,7 @@ fn capture(c: &mut Checker<'_>, raw: raw::Capture) -> CaptureConfig {
         ipv6_range: v6.trunc(),
         max_vips: raw.max_vips,
         max_flows: raw.max_flows,
+        pin_directory: pins,
         so_original_dst: raw.so_original_dst,
         debug: raw.debug,
     }

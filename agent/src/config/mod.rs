@@ -28,6 +28,9 @@ pub use crate::telemetry::{access_log::Destination as AccessLog, log::LogFormat}
 /// Where the configuration is looked for unless `--config` says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/sidestep/sidestep.toml";
 
+/// Where links and maps are kept unless told otherwise.
+pub const DEFAULT_PIN_DIRECTORY: &str = "/sys/fs/bpf/sidestep";
+
 /// Everything that an operator decides.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -90,6 +93,8 @@ pub struct CaptureConfig {
     pub max_vips: u32,
     /// `max_flows`: connections between `connect()` and accept.
     pub max_flows: u32,
+    /// `pin_directory`: where links and maps outlive the agent; `"off"` for nowhere.
+    pub pin_directory: Option<PathBuf>,
     /// `so_original_dst`: answer `SO_ORIGINAL_DST` on accepted sockets, for other proxies.
     pub so_original_dst: bool,
     /// `debug`: let the eBPF programs log every decision.

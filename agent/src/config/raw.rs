@@ -79,6 +79,8 @@ pub(super) struct Capture {
     pub(super) max_vips: u32,
     #[serde(default = "max_flows")]
     pub(super) max_flows: u32,
+    #[serde(default = "pin_directory")]
+    pub(super) pin_directory: PathBuf,
     #[serde(default)]
     pub(super) so_original_dst: bool,
     #[serde(default)]
@@ -109,6 +111,10 @@ fn max_vips() -> u32 {
 
 fn max_flows() -> u32 {
     65_536
+}
+
+fn pin_directory() -> PathBuf {
+    super::DEFAULT_PIN_DIRECTORY.into()
 }
 
 #[derive(Debug, Deserialize)]

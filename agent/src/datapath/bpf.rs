@@ -32,6 +32,9 @@ const MAP_UPDATE_BATCH: libc::c_long = 26;
 const MAP_DELETE_BATCH: libc::c_long = 27;
 const LINK_CREATE: libc::c_long = 28;
 const LINK_UPDATE: libc::c_long = 29;
+const LINK_GET_FD_BY_ID: libc::c_long = 30;
+const LINK_GET_NEXT_ID: libc::c_long = 31;
+const LINK_DETACH: libc::c_long = 34;
 
 /// Where in a cgroup a program runs (`enum bpf_attach_type`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,8 +82,10 @@ pub struct CgroupLink {
     pub id: u32,
     /// The program's id.
     pub program_id: u32,
-    /// The cgroup's id; 0 once it was removed.
+    /// The cgroup's id; 0 once it was removed, or the link detached.
     pub cgroup_id: u64,
+    /// The hook, as [`CgroupHook`] numbers it.
+    pub hook: u32,
 }
 
 /// What a map is made of: everything that must fit before a program may use one that exists.
@@ -117,6 +122,39 @@ pub fn link_create(
 /// `ENOLINK` if the link's cgroup was removed.
 pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     call(LINK_UPDATE, &Words4([word(link), word(program), 0, 0])).map(drop)
+}
+
+/// Takes the link's program off its cgroup, whoever else holds the link. Kernel 5.9.
+///
+/// # Errors
+/// Whatever the kernel answers.
+pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    call(LINK_DETACH, &Words4([word(link), 0, 0, 0])).map(drop)
+}
+
+/// The links to cgroups that there are in the kernel. Kernel 5.8.
+///
+/// # Errors
+/// `EPERM` without `CAP_SYS_ADMIN`.
+pub fn cgroup_links() -> io::Result<Vec<(OwnedFd, CgroupLink)>> {
+    let mut links = Vec::new();
+    let mut attr = Words4([0, 0, 0, 0]);
+    loop {
+        match call_mut(LINK_GET_NEXT_ID, &mut attr) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(links),
+            result => result?,
+        };
+        let Words4([_start, id, ..]) = attr;
+        attr = Words4([id, 0, 0, 0]);
+        // It may be gone already.
+        let Ok(raw) = call(LINK_GET_FD_BY_ID, &Words4([id, 0, 0, 0])) else {
+            continue;
+        };
+        let link = new_fd(raw);
+        if let Ok(info) = link_info(link.as_fd()) {
+            links.push((link, info));
+        }
+    }
 }
 
 /// Keeps a program, map or link alive at a path of bpffs.
@@ -198,7 +236,7 @@ pub fn program_name(id: u32) -> io::Result<String> {
 /// What a link to a cgroup links.
 ///
 /// # Errors
-/// If the descriptor is no link.
+/// If the descriptor is no link, or one to something else.
 pub fn link_info(link: BorrowedFd<'_>) -> io::Result<CgroupLink> {
     #[repr(C)]
     #[derive(Clone, Copy, Default)]
@@ -211,12 +249,21 @@ pub fn link_info(link: BorrowedFd<'_>) -> io::Result<CgroupLink> {
         attach_type: u32,
         pad2: u32,
     }
+    /// `BPF_LINK_TYPE_CGROUP`
+    const CGROUP: u32 = 3;
     let mut info = Info::default();
     info_of(link, &mut info)?;
+    if info.kind != CGROUP {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "no link to a cgroup",
+        ));
+    }
     Ok(CgroupLink {
         id: info.id,
         program_id: info.program_id,
         cgroup_id: info.cgroup_id,
+        hook: info.attach_type,
     })
 }
 

@@ -73,6 +73,9 @@ pub enum DatapathError {
         #[source]
         source: io::Error,
     },
+    /// The pins could not be used.
+    #[error(transparent)]
+    Pins(#[from] super::pins::PinError),
     /// No version 2 control groups.
     #[error(transparent)]
     NoCgroup2(#[from] super::cgroup::CgroupError),

@@ -1,7 +1,7 @@
-//! Loading the object, configuring it, attaching its programs.
+//! Loading the object: its maps, found again if an agent before left them, and its programs.
 
 use std::{
-    collections::BTreeSet,
+    collections::BTreeMap,
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
@@ -15,13 +15,16 @@ use parking_lot::Mutex;
 use sidestep_abi::{ABI_VERSION, Config};
 
 use super::{
-    Datapath, DatapathError, DatapathSettings, Link, Maps,
-    bpf::{self, CgroupHook},
+    Datapath, DatapathError, DatapathSettings, Maps,
+    bpf::{self, MapShape},
     cgroup::id_of_directory,
-    error::{MapOperation, advice_for_attach, advice_for_load},
+    error::{MapOperation, advice_for_load},
     events::{Ring, Rings},
     kernel_log::KernelLog,
+    links::{ORIGINAL_DST, WORKLOAD_PROGRAMS},
+    pins::{PinDirectory, PinError},
 };
+use crate::stable_hash::fnv1a;
 
 /// The programs, aligned as the ELF reader wants them; empty if they were not built.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sidestep.bpf.o"));
@@ -30,55 +33,46 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/si
 static LOGGING_OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sidestep-log.bpf.o"));
 
-/// A program and where it belongs.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Hooked {
-    pub(super) program: &'static str,
-    pub(super) hook: CgroupHook,
-}
-
-/// What every attach point gets. `sock_ops` first: a connect that is captured must find who hands it over.
-pub(super) const WORKLOAD_PROGRAMS: [Hooked; 5] = [
-    Hooked {
-        program: "sidestep_flows",
-        hook: CgroupHook::SockOps,
-    },
-    Hooked {
-        program: "sidestep_peer4",
-        hook: CgroupHook::GetPeerName4,
-    },
-    Hooked {
-        program: "sidestep_peer6",
-        hook: CgroupHook::GetPeerName6,
-    },
-    Hooked {
-        program: "sidestep_conn4",
-        hook: CgroupHook::Connect4,
-    },
-    Hooked {
-        program: "sidestep_conn6",
-        hook: CgroupHook::Connect6,
-    },
+/// The maps that outlive the agent. The others, for what it reads as long as it lives, go with it.
+const KEPT_MAPS: [&str; 7] = [
+    "CONFIG",
+    "VIPS",
+    "ADDRESSES",
+    "LISTENERS",
+    "ORIGINS",
+    "FLOWS",
+    "COUNTS",
 ];
 
-/// What the agent's own cgroup gets, for the sockets that it accepts.
-const HAND_OVER: Hooked = WORKLOAD_PROGRAMS[0];
+/// File descriptors of the loaded programs, by name.
+#[derive(Debug)]
+pub(super) struct Programs(BTreeMap<&'static str, OwnedFd>);
 
-/// What it gets beside if other proxies are to ask.
-pub(super) const ORIGINAL_DST: Hooked = Hooked {
-    program: "sidestep_origd",
-    hook: CgroupHook::GetSockOpt,
-};
+impl Programs {
+    pub(super) fn get(&self, name: &'static str) -> Result<BorrowedFd<'_>, DatapathError> {
+        let found = self.0.get(name).map(|fd| fd.as_fd());
+        found.ok_or(DatapathError::Incomplete {
+            kind: "program",
+            name,
+        })
+    }
+}
 
-pub(super) fn load(settings: &DatapathSettings) -> Result<Datapath, DatapathError> {
+pub(super) fn load(
+    settings: DatapathSettings,
+    pins: Option<PinDirectory>,
+) -> Result<Datapath, DatapathError> {
     let bytes = if settings.debug {
         LOGGING_OBJECT
     } else {
         OBJECT
     };
-    // Room for two catalogs: the new one is written before the old one is deleted.
-    let room = settings.max_vips.saturating_mul(2);
-    let mut object = open(bytes, room, settings.max_flows)?;
+    let sizes = Sizes::of(&settings);
+    let kept = match &pins {
+        Some(pins) => Some(maps_directory(pins, bytes, sizes)?),
+        None => None,
+    };
+    let mut object = open(bytes, sizes, kept.as_deref())?;
     let log = KernelLog::take(&mut object);
     let maps = take_maps(&mut object)?;
     let ring = object
@@ -88,58 +82,129 @@ pub(super) fn load(settings: &DatapathSettings) -> Result<Datapath, DatapathErro
             kind: "map",
             name: "REFUSALS",
         })?;
-    configure(&maps, settings)?;
-    let mut links = Vec::new();
-    for Hooked { program, .. } in WORKLOAD_PROGRAMS {
-        load_program(&mut object, program)?;
-    }
-    let covered = settings
-        .cgroups
-        .iter()
-        .any(|above| settings.agent_cgroup.starts_with(above));
-    if !covered {
-        links.push(attach(&object, HAND_OVER, &settings.agent_cgroup)?);
-    }
+    let mut names: Vec<&'static str> = WORKLOAD_PROGRAMS.map(|hooked| hooked.program).into();
     if settings.so_original_dst {
-        load_program(&mut object, ORIGINAL_DST.program)?;
-        links.push(attach(&object, ORIGINAL_DST, &settings.agent_cgroup)?);
+        names.push(ORIGINAL_DST.program);
     }
-    for cgroup in outermost(&settings.cgroups) {
-        for hooked in WORKLOAD_PROGRAMS {
-            links.push(attach(&object, hooked, &cgroup)?);
-        }
+    let mut programs = BTreeMap::new();
+    for name in names {
+        programs.insert(name, load_program(&mut object, name)?);
     }
     Ok(Datapath {
         maps,
-        links,
+        programs: Programs(programs),
+        pins,
+        maps_directory: kept,
+        links: Mutex::default(),
         reconciling: Mutex::new(()),
-        max_vips: settings.max_vips,
         can_log: log.is_some(),
         rings: Mutex::new(Some(Rings {
             refusals: Ring(ring),
             log,
         })),
+        settings,
     })
+}
+
+/// How many elements the maps have room for.
+#[derive(Debug, Clone, Copy)]
+struct Sizes {
+    vips: u32,
+    flows: u32,
+}
+
+impl Sizes {
+    /// Room for two catalogs: the new one is written before the old one is deleted.
+    fn of(settings: &DatapathSettings) -> Self {
+        Self {
+            vips: settings.max_vips.saturating_mul(2),
+            flows: settings.max_flows,
+        }
+    }
+
+    fn each(self) -> [(&'static str, u32); 3] {
+        [
+            ("VIPS", self.vips),
+            ("ADDRESSES", self.vips),
+            ("FLOWS", self.flows),
+        ]
+    }
+}
+
+/// Where the maps of this object are kept. Another layout has another directory; a map that is there and has
+/// not the shape that its programs expect is forgotten, for they would read garbage.
+fn maps_directory(
+    pins: &PinDirectory,
+    object: &[u8],
+    sizes: Sizes,
+) -> Result<PathBuf, DatapathError> {
+    let shapes = kept_shapes(object, sizes)?;
+    let layout = fnv1a(format!("{ABI_VERSION} {shapes:?}").as_bytes());
+    let directory = pins.maps(layout)?;
+    for (name, shape) in shapes {
+        let path = directory.join(name);
+        let Ok(map) = bpf::pinned(&path) else {
+            continue;
+        };
+        if let Err(error) = bpf::check_map_shape(map.as_fd(), shape) {
+            tracing::warn!(pin = %path.display(), %error, "pinned map not taken over: made anew");
+            std::fs::remove_file(&path).map_err(|source| PinError::Io {
+                doing: "remove",
+                path,
+                source,
+            })?;
+        }
+    }
+    Ok(directory)
+}
+
+fn kept_shapes(
+    object: &[u8],
+    sizes: Sizes,
+) -> Result<Vec<(&'static str, MapShape)>, DatapathError> {
+    let object = aya_obj::Object::parse(object).map_err(|source| DatapathError::Object {
+        advice: "it was built by other tools: run `cargo xtask build-ebpf` and build again",
+        source: Box::new(source.into()),
+    })?;
+    let shape = |name: &'static str| {
+        let map = object.maps.get(name);
+        let map = map.ok_or(DatapathError::Incomplete { kind: "map", name })?;
+        let sized = sizes.each().into_iter().find(|(sized, _)| *sized == name);
+        let shape = MapShape {
+            kind: map.map_type(),
+            key_size: map.key_size(),
+            value_size: map.value_size(),
+            max_entries: sized.map_or(map.max_entries(), |(_, entries)| entries),
+            flags: map.map_flags(),
+        };
+        Ok((name, shape))
+    };
+    KEPT_MAPS.into_iter().map(shape).collect()
 }
 
 /// Creates the maps; no program is in the kernel yet.
 ///
 /// # Errors
 /// [`DatapathError::NoObject`] or [`DatapathError::Object`].
-pub fn open_object(max_vips: u32, max_flows: u32) -> Result<Ebpf, DatapathError> {
-    open(OBJECT, max_vips, max_flows)
+pub fn open_object(vips: u32, flows: u32) -> Result<Ebpf, DatapathError> {
+    open(OBJECT, Sizes { vips, flows }, None)
 }
 
-fn open(object: &[u8], max_vips: u32, max_flows: u32) -> Result<Ebpf, DatapathError> {
+/// `kept` is the directory whose maps are taken, and where those that it lacks are pinned.
+fn open(object: &[u8], sizes: Sizes, kept: Option<&Path>) -> Result<Ebpf, DatapathError> {
     if object.is_empty() {
         return Err(DatapathError::NoObject);
     }
     let mut loader = EbpfLoader::new();
-    loader
-        .verifier_log_level(VerifierLogLevel::STATS)
-        .map_max_entries("VIPS", max_vips)
-        .map_max_entries("ADDRESSES", max_vips)
-        .map_max_entries("FLOWS", max_flows);
+    loader.verifier_log_level(VerifierLogLevel::STATS);
+    for (map, entries) in sizes.each() {
+        loader.map_max_entries(map, entries);
+    }
+    for name in KEPT_MAPS {
+        if let Some(directory) = kept {
+            loader.map_pin_path(name, directory.join(name));
+        }
+    }
     loader.load(object).map_err(|source| DatapathError::Object {
         advice: "root or CAP_BPF is needed; `sidestep check` shows what else is missing",
         source: Box::new(source),
@@ -147,19 +212,26 @@ fn open(object: &[u8], max_vips: u32, max_flows: u32) -> Result<Ebpf, DatapathEr
 }
 
 /// Loads one program, with the end of the verifier's log if it is refused.
-pub(super) fn load_program(object: &mut Ebpf, name: &'static str) -> Result<(), DatapathError> {
+pub(super) fn load_program(
+    object: &mut Ebpf,
+    name: &'static str,
+) -> Result<OwnedFd, DatapathError> {
     let incomplete = DatapathError::Incomplete {
         kind: "program",
         name,
     };
-    let result = match object.program_mut(name) {
-        Some(Program::CgroupSockAddr(program)) => program.load(),
-        Some(Program::SockOps(program)) => program.load(),
-        Some(Program::CgroupSockopt(program)) => program.load(),
+    let loaded = match object.program_mut(name) {
+        Some(Program::CgroupSockAddr(program)) => program.load().and_then(|()| program.fd()),
+        Some(Program::SockOps(program)) => program.load().and_then(|()| program.fd()),
+        Some(Program::CgroupSockopt(program)) => program.load().and_then(|()| program.fd()),
         _ => return Err(incomplete),
     };
-    match result {
-        Ok(()) | Err(ProgramError::AlreadyLoaded) => Ok(()),
+    match loaded.map(|program| program.as_fd().try_clone_to_owned()) {
+        Ok(Ok(program)) => Ok(program),
+        Ok(Err(source)) => Err(DatapathError::Prepare {
+            program: name,
+            source: Box::new(source.into()),
+        }),
         Err(ProgramError::LoadError {
             io_error,
             verifier_log,
@@ -219,7 +291,7 @@ fn map_fd(map: &Map) -> Option<BorrowedFd<'_>> {
     }
 }
 
-fn configure(maps: &Maps, settings: &DatapathSettings) -> Result<(), DatapathError> {
+pub(super) fn configure(maps: &Maps, settings: &DatapathSettings) -> Result<(), DatapathError> {
     let level = level_of(&settings.agent_cgroup)?;
     let config = Config {
         abi_version: ABI_VERSION,
@@ -245,58 +317,4 @@ fn level_of(cgroup: &Path) -> Result<u32, DatapathError> {
         Ok(0) | Err(_) => Err(DatapathError::AgentInRootCgroup),
         Ok(level) => Ok(level),
     }
-}
-
-/// Each cgroup once, and none that is below another of the list. Programs run for everything below, and to run
-/// twice for one connect would be once too often: the second time it is aimed at the agent already.
-fn outermost(cgroups: &[PathBuf]) -> Vec<PathBuf> {
-    // A name that cannot be resolved is left for attaching to complain about.
-    let resolved = |cgroup: &PathBuf| cgroup.canonicalize().unwrap_or_else(|_| cgroup.clone());
-    let mut outermost: Vec<PathBuf> = Vec::new();
-    // Sorted, a cgroup comes before those below it.
-    for cgroup in cgroups.iter().map(resolved).collect::<BTreeSet<_>>() {
-        if !outermost.iter().any(|above| cgroup.starts_with(above)) {
-            outermost.push(cgroup);
-        }
-    }
-    outermost
-}
-
-fn attach(object: &Ebpf, hooked: Hooked, cgroup: &Path) -> Result<Link, DatapathError> {
-    let Hooked { program, hook } = hooked;
-    let incomplete = || DatapathError::Incomplete {
-        kind: "program",
-        name: program,
-    };
-    let directory = open_cgroup(cgroup)?;
-    let loaded = match object.program(program) {
-        Some(Program::CgroupSockAddr(program)) => program.fd(),
-        Some(Program::SockOps(program)) => program.fd(),
-        Some(Program::CgroupSockopt(program)) => program.fd(),
-        _ => return Err(incomplete()),
-    };
-    let loaded = loaded.map_err(|_not_loaded| incomplete())?;
-    let fd = bpf::link_create(loaded.as_fd(), directory.as_fd(), hook).map_err(|source| {
-        DatapathError::Attach {
-            program,
-            cgroup: cgroup.to_owned(),
-            advice: advice_for_attach(&source),
-            source,
-        }
-    })?;
-    Ok(Link {
-        program,
-        target: cgroup.to_owned(),
-        fd,
-    })
-}
-
-pub(super) fn open_cgroup(cgroup: &Path) -> Result<OwnedFd, DatapathError> {
-    let opened = std::fs::File::open(cgroup);
-    opened
-        .map(OwnedFd::from)
-        .map_err(|source| DatapathError::Cgroup {
-            path: cgroup.to_owned(),
-            source,
-        })
 }

@@ -9,11 +9,13 @@ pub mod bpf;
 pub mod cgroup;
 pub mod listener;
 pub mod netns;
+pub mod pins;
 pub mod probe;
 
 mod error;
 mod events;
 mod kernel_log;
+mod links;
 pub mod load;
 mod reconcile;
 mod types;
@@ -23,7 +25,7 @@ pub use events::{Refused, RefusedEvents};
 pub use sidestep_abi::{FlowEvent, Verdict};
 pub use types::{
     Attachment, Captured, CgroupId, DatapathSettings, NetnsCookie, Reconciled, ServiceId,
-    VipRanges, VipTarget,
+    Undesired, VipRanges, VipTarget,
 };
 
 use std::{
@@ -34,18 +36,26 @@ use std::{
     time::Duration,
 };
 
+use links::{Link, Wanted};
 use listener::CaptureListeners;
+use load::Programs;
 use parking_lot::Mutex;
+use pins::PinDirectory;
 use sidestep_abi::{Address, Config, FlowKey, ListenerKey, Origin, Role};
 
-/// The loaded programs and their maps. Dropping it detaches the programs.
+/// The loaded programs and their maps. Without pins, dropping it detaches the programs.
 #[derive(Debug)]
 pub struct Datapath {
+    settings: DatapathSettings,
     maps: Maps,
-    links: Vec<Link>,
+    programs: Programs,
+    pins: Option<PinDirectory>,
+    /// Where [`Self::maps`] are pinned.
+    maps_directory: Option<PathBuf>,
+    /// What is attached. Attaching looks and acts: one at a time.
+    links: Mutex<Vec<Link>>,
     /// Reconciling reads, compares and writes: one at a time.
     reconciling: Mutex<()>,
-    max_vips: u32,
     can_log: bool,
     rings: Mutex<Option<events::Rings>>,
 }
@@ -62,24 +72,57 @@ struct Maps {
     counts: OwnedFd,
 }
 
-#[derive(Debug)]
-struct Link {
-    program: &'static str,
-    target: PathBuf,
-    fd: OwnedFd,
-}
-
 impl Datapath {
-    /// Loads the programs into the kernel and attaches them. Minimum kernel: 6.1.
+    /// Loads the programs into the kernel; nothing new runs yet. Minimum kernel: 6.1.
     ///
-    /// Until [`Self::enrol_netns`] and [`Self::reconcile`] it captures nothing; connects to the
-    /// virtual ranges are refused from here on.
+    /// With `pins`, the maps are those that the agent before left, and links and maps stay when this one is
+    /// dropped: what runs goes on, and refuses connects to virtual addresses for want of a listener.
+    ///
+    /// The order from here: [`Self::reconcile`], [`Self::attach_hand_over`], [`Self::enrol_netns`],
+    /// [`Self::attach_capture`]. So whatever is captured, by these programs or by those of the agent before,
+    /// finds its target, a listener, and who hands it over.
     ///
     /// # Errors
     ///
-    /// [`DatapathError`] names the program, the cgroup, what the kernel said and what to do about it.
-    pub fn load(settings: &DatapathSettings) -> Result<Self, DatapathError> {
-        load::load(settings)
+    /// [`DatapathError`] names the program, what the kernel said and what to do about it.
+    pub fn load(
+        settings: DatapathSettings,
+        pins: Option<PinDirectory>,
+    ) -> Result<Self, DatapathError> {
+        load::load(settings, pins)
+    }
+
+    /// Runs what hands connections over, in the attach points and in the agent's own cgroup.
+    ///
+    /// # Errors
+    ///
+    /// [`DatapathError::Attach`] names the program, the cgroup, what the kernel said and what to do about it.
+    pub fn attach_hand_over(&self) -> Result<(), DatapathError> {
+        load::configure(&self.maps, &self.settings)?;
+        self.attach(&links::handing_over(&self.settings))
+    }
+
+    /// Runs what captures, and removes what an agent before left pinned and is not wanted any more.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::attach_hand_over`].
+    pub fn attach_capture(&self) -> Result<(), DatapathError> {
+        let capturing = links::capturing(&self.settings);
+        self.attach(&capturing)?;
+        if let Some(pins) = &self.pins {
+            let wanted = [links::handing_over(&self.settings), capturing].concat();
+            links::remove_others(&wanted, pins)?;
+            if let Some(used) = &self.maps_directory {
+                pins.remove_other_maps(used)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn attach(&self, wanted: &[Wanted]) -> Result<(), DatapathError> {
+        let mut held = self.links.lock();
+        links::attach(wanted, &self.programs, self.pins.as_ref(), &mut held)
     }
 
     /// Makes the maps say what `desired` says, whatever they say now: additions and changes first,
@@ -92,9 +135,10 @@ impl Datapath {
     pub fn reconcile(
         &self,
         desired: &BTreeMap<SocketAddr, VipTarget>,
+        undesired: Undesired,
     ) -> Result<Reconciled, DatapathError> {
         let _one_at_a_time = self.reconciling.lock();
-        reconcile::reconcile(&self.maps, desired, self.max_vips)
+        reconcile::reconcile(&self.maps, desired, undesired, self.settings.max_vips)
     }
 
     /// What an accepted connection was aimed at and who aimed; `None` if it was not captured, which
@@ -226,7 +270,7 @@ impl Datapath {
                 is_live: info.cgroup_id != 0,
             })
         };
-        self.links.iter().filter_map(described).collect()
+        self.links.lock().iter().filter_map(described).collect()
     }
 
     /// Switches the logging of every decision on or off.

@@ -10,8 +10,10 @@ use super::{
     bpf,
     bpf::CgroupHook,
     cgroup::Cgroup2,
-    load::{self, ORIGINAL_DST, WORKLOAD_PROGRAMS},
+    links::{self, ORIGINAL_DST, WORKLOAD_PROGRAMS},
+    load,
     netns::Netns,
+    pins,
 };
 use crate::telemetry::log::chain;
 
@@ -47,6 +49,8 @@ pub struct Scope {
     pub cgroups: Vec<std::path::PathBuf>,
     /// The agent's cgroup, if configured.
     pub agent_cgroup: Option<std::path::PathBuf>,
+    /// Where links and maps are to be kept, if configured.
+    pub pin_directory: Option<std::path::PathBuf>,
     /// Addresses that must be free.
     pub addresses: Vec<SocketAddr>,
 }
@@ -68,6 +72,7 @@ pub fn run(scope: &Scope) -> Vec<Finding> {
         }
         Err(error) => findings.push(fail("cgroup2", chain(&error).to_string(), "")),
     }
+    findings.extend(scope.pin_directory.as_deref().map(pin_directory));
     findings.push(netns());
     findings.extend(scope.addresses.iter().map(|address| port(*address)));
     findings
@@ -127,7 +132,7 @@ fn programs() -> Vec<Finding> {
         .map(|hooked| {
             let name = format!("eBPF program {}", hooked.program);
             match load::load_program(&mut object, hooked.program) {
-                Ok(()) => ok(name, "loads"),
+                Ok(_program) => ok(name, "loads"),
                 Err(error) if hooked.program == ORIGINAL_DST.program => finding(
                     name,
                     Status::Warn,
@@ -174,7 +179,7 @@ fn attach_point(cgroups: &Cgroup2, path: &Path) -> Vec<Finding> {
         .ancestors()
         .take_while(|level| level.starts_with(cgroups.mount()));
     for level in levels {
-        let Ok(opened) = load::open_cgroup(level) else {
+        let Ok(opened) = links::open_cgroup(level) else {
             continue;
         };
         for hook in &CgroupHook::ALL {
@@ -217,6 +222,23 @@ fn foreign(
                       the same addresses, one of them must be told to leave them";
         finding(name, Status::Warn, detail, advice)
     })
+}
+
+fn pin_directory(path: &Path) -> Finding {
+    let name = "pin directory";
+    match pins::is_on_bpffs(path) {
+        Ok(true) => ok(name, path.display().to_string()),
+        Ok(false) if pins::can_be_mounted(path) => ok(
+            name,
+            format!("{}, where the agent mounts bpffs", path.display()),
+        ),
+        Ok(false) => fail(
+            name,
+            format!("{} is not on bpffs", path.display()),
+            "mount one there (`mount -t bpf bpf DIRECTORY`), or set capture.pin_directory",
+        ),
+        Err(error) => fail(name, chain(&error).to_string(), ""),
+    }
 }
 
 fn netns() -> Finding {

@@ -4,12 +4,13 @@ use std::{collections::BTreeMap, net::SocketAddr, os::fd::AsFd as _};
 
 use sidestep_abi::{Address, KnownAddress, PortBe, VipKey, VipValue};
 
-use super::{DatapathError, Maps, Reconciled, VipTarget, bpf, error::MapOperation};
+use super::{DatapathError, Maps, Reconciled, Undesired, VipTarget, bpf, error::MapOperation};
 
 /// Adds and changes first, then deletes: what stays is never missing in between.
 pub(super) fn reconcile(
     maps: &Maps,
     desired: &BTreeMap<SocketAddr, VipTarget>,
+    undesired: Undesired,
     max_vips: u32,
 ) -> Result<Reconciled, DatapathError> {
     if desired.len() > max_vips as usize {
@@ -49,13 +50,18 @@ pub(super) fn reconcile(
     // is about to come or has just gone is refused, never passed.
     write_addresses(maps, &wanted_addresses, &known)?;
     bpf::map_update_batch(vips, &written).map_err(fails(MapOperation::Write))?;
-    bpf::map_delete_batch(vips, &removed).map_err(fails(MapOperation::Delete))?;
-    delete_addresses(maps, &wanted_addresses, &known)?;
-    Ok(Reconciled {
+    let mut reconciled = Reconciled {
         added,
         changed: written.len() - added,
-        removed: removed.len(),
-    })
+        removed: 0,
+    };
+    if undesired == Undesired::Keep {
+        return Ok(reconciled);
+    }
+    bpf::map_delete_batch(vips, &removed).map_err(fails(MapOperation::Delete))?;
+    delete_addresses(maps, &wanted_addresses, &known)?;
+    reconciled.removed = removed.len();
+    Ok(reconciled)
 }
 
 fn wanted(

@@ -119,6 +119,15 @@ impl From<VipRanges> for Ranges {
     }
 }
 
+/// What becomes of destinations in the kernel that are not desired.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Undesired {
+    /// They go.
+    Remove,
+    /// They stay as they are: the catalog was not read whole, so they may be missing there by mistake.
+    Keep,
+}
+
 /// What [`super::Datapath::reconcile`] changed, in destinations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Reconciled {

@@ -18,7 +18,7 @@ use super::{Node, start};
 use crate::{
     catalog::model::IntentionAction,
     config::{self, Config},
-    datapath::NetnsCookie,
+    datapath::{NetnsCookie, Undesired},
     inbound::{listeners::TunnelListeners, targets::Targets},
     policy::Intentions,
     telemetry::log::chain,
@@ -96,7 +96,12 @@ impl Follower {
         self.tunnels.follow(&targets.ports());
         *node.tunnel_addresses.lock() = self.tunnels.addresses();
         node.inbound.targets.store(Arc::new(targets));
-        match node.datapath.reconcile(&catalog.vip_targets()) {
+        let undesired = if catalog.snapshot.is_whole {
+            Undesired::Remove
+        } else {
+            Undesired::Keep
+        };
+        match node.datapath.reconcile(&catalog.vip_targets(), undesired) {
             Ok(changed) => {
                 self.behind = false;
                 tracing::info!(

@@ -19,7 +19,7 @@ use crate::{
     },
     config::{Config, WorkloadConfig, WorkloadRule},
     connections::Connections,
-    datapath::{Datapath, DatapathSettings, VipRanges, cgroup::Cgroup2},
+    datapath::{Datapath, DatapathSettings, VipRanges, cgroup::Cgroup2, pins::PinDirectory},
     identity::{
         LocalDomain,
         ca::{BuiltinCa, CaFiles},
@@ -132,16 +132,28 @@ pub(super) async fn start(
         config: ArcSwap::from_pointee(config),
     });
     let mut follower = Follower::new(Arc::clone(&node), tunnels);
-    follower.apply_catalog();
-    node.captures
-        .open_host()
-        .map_err(NodeError::when("capture in the host's network namespace"))?;
-    follower.follow_namespaces();
+    begin_capture(&mut follower)?;
     watch_catalog(&node, source, loaded);
     log_refusals(&node)?;
     // Last: whoever gets an answer from the agent may count on capture.
     serve_operators(&node).await?;
     Ok(follower)
+}
+
+/// Fills the maps, takes connections and captures them, in the order that [`Datapath::load`] asks for.
+fn begin_capture(follower: &mut Follower) -> Result<(), NodeError> {
+    let node = Arc::clone(follower.node());
+    follower.apply_catalog();
+    node.datapath
+        .attach_hand_over()
+        .map_err(NodeError::when("attach the eBPF programs"))?;
+    node.captures
+        .open_host()
+        .map_err(NodeError::when("capture in the host's network namespace"))?;
+    follower.follow_namespaces();
+    node.datapath
+        .attach_capture()
+        .map_err(NodeError::when("attach the eBPF programs"))
 }
 
 fn own_cgroup(config: &Config) -> Result<Cgroup2, NodeError> {
@@ -255,7 +267,13 @@ fn datapath(config: &Config, cgroups: &Cgroup2) -> Result<Datapath, NodeError> {
     let own = cgroups
         .own()
         .map_err(NodeError::when("find the agent's own cgroup"))?;
-    Datapath::load(&DatapathSettings {
+    let pins = match &capture.pin_directory {
+        Some(path) => {
+            Some(PinDirectory::open(path).map_err(NodeError::when("take the pinned datapath"))?)
+        }
+        None => None,
+    };
+    let settings = DatapathSettings {
         cgroups: capture
             .cgroups
             .iter()
@@ -270,8 +288,8 @@ fn datapath(config: &Config, cgroups: &Cgroup2) -> Result<Datapath, NodeError> {
         max_flows: capture.max_flows,
         so_original_dst: capture.so_original_dst,
         debug: capture.debug,
-    })
-    .map_err(NodeError::when("load the eBPF programs"))
+    };
+    Datapath::load(settings, pins).map_err(NodeError::when("load the eBPF programs"))
 }
 
 /// `[tunnel]` and `[limits]` as far as outbound connections follow them.

@@ -1,6 +1,14 @@
 //! What Sidestep promises, each as something that can be run: the cases of `cargo xtask prove` and,
 //! at a smaller size, of the two-node tests.
 
+/// A list of claims: where the check is, what it says.
+macro_rules! claims {
+    ($($module:ident :: $name:ident: $says:literal;)*) => {
+        &[$(Claim { name: stringify!($name), says: $says, check: $module::$name }),*]
+    };
+}
+
+pub mod dependable;
 pub mod path;
 
 use anyhow::Result;
@@ -37,6 +45,43 @@ pub struct Topic {
     pub claims: &'static [Claim],
 }
 
+impl Topic {
+    /// Checks the claim `name` at its quick size: for tests.
+    ///
+    /// # Panics
+    /// If it does not hold.
+    #[expect(clippy::panic, reason = "this is how a test fails")]
+    pub fn assert_holds(&self, name: &str) {
+        let Some(claim) = self.claims.iter().find(|claim| claim.name == name) else {
+            panic!("there is no claim {name}");
+        };
+        match (claim.check)(Size::Quick) {
+            Ok(finding) => assert!(finding.holds, "{}: {}", claim.says, finding.figure),
+            Err(error) => panic!("{}: {error:#}", claim.says),
+        }
+    }
+}
+
+/// A test for each claim of a topic, and one that none is missing.
+#[macro_export]
+macro_rules! test_claims {
+    ($topic:ident: $($name:ident)*) => {
+        $(
+            #[test]
+            fn $name() {
+                $topic.assert_holds(stringify!($name));
+            }
+        )*
+
+        #[test]
+        fn no_claim_is_without_a_test() {
+            let tested = [$(stringify!($name)),*];
+            let claimed: Vec<_> = $topic.claims.iter().map(|claim| claim.name).collect();
+            assert_eq!(tested.as_slice(), claimed);
+        }
+    };
+}
+
 /// One promise.
 #[derive(Debug, Clone, Copy)]
 pub struct Claim {
@@ -67,4 +112,4 @@ impl Finding {
 }
 
 /// All topics.
-pub const TOPICS: &[Topic] = &[path::TOPIC];
+pub const TOPICS: &[Topic] = &[path::TOPIC, dependable::TOPIC];

@@ -41,6 +41,8 @@ pub struct FileSource {
     directory: PathBuf,
     context: FileContext,
     last_good: BTreeMap<PathBuf, Content>,
+    /// Whether everything could be read at once, ever.
+    was_read_whole: bool,
 }
 
 /// What the directory says now.
@@ -85,6 +87,7 @@ impl FileSource {
             directory,
             context,
             last_good: BTreeMap::new(),
+            was_read_whole: false,
         }
     }
 
@@ -130,6 +133,8 @@ impl FileSource {
                 }
             }
         }
+        // Later, what cannot be read keeps what it said.
+        self.was_read_whole |= problems.is_empty();
         let snapshot = self.combine(&mut problems);
         Loaded { snapshot, problems }
     }
@@ -198,6 +203,7 @@ impl FileSource {
             .map(|(name, building)| (name.clone(), Arc::new(building.finish(name))))
             .collect();
         Snapshot {
+            is_whole: self.was_read_whole,
             services,
             intentions,
         }

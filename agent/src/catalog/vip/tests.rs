@@ -33,6 +33,7 @@ fn snapshot<'a>(services: impl IntoIterator<Item = (&'a str, Option<&'a str>)>) 
         (name, service.into())
     };
     Snapshot {
+        is_whole: true,
         services: services.into_iter().map(service).collect(),
         intentions: vec![],
     }

@@ -8,12 +8,6 @@ mod scale;
 
 use super::{Claim, Topic};
 
-macro_rules! claims {
-    ($($module:ident :: $name:ident: $says:literal;)*) => {
-        &[$(Claim { name: stringify!($name), says: $says, check: $module::$name }),*]
-    };
-}
-
 /// See the module.
 pub const TOPIC: Topic = Topic {
     name: "path",

@@ -1,0 +1,110 @@
+//! While there is no agent.
+
+use std::{collections::BTreeSet, fs};
+
+use anyhow::{Context as _, Result};
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::{
+    claims::{Finding, Size},
+    mesh::{Mesh, local, vip},
+    node::Node,
+    services,
+    wait::SOON,
+    workload::Kind,
+};
+
+/// A web server on `b`, called by `shop` on `a`.
+fn web(purpose: &str) -> Result<Mesh> {
+    let mut mesh = Mesh::new(purpose)?;
+    let place = mesh.place("web", "web", Kind::Cgroup)?;
+    mesh.register("web", "web", vip(1, 80), local(8080));
+    mesh.keep(services::http(&place, local(8080), "web")?);
+    Ok(mesh)
+}
+
+/// `ok`, or the errno that `connect()` ended with.
+fn call(mesh: &Mesh) -> Result<String> {
+    let report = mesh.shop.ask_peer(&format!("read {}", vip(1, 80)), SOON)?;
+    let connected = report.get("connected") == Some(&true.into());
+    let end = report.get("end").and_then(Value::as_str);
+    Ok(if connected {
+        "ok".to_owned()
+    } else {
+        end.unwrap_or("nothing").to_owned()
+    })
+}
+
+fn links(node: &Node) -> Result<BTreeSet<u64>> {
+    let status = node.status()?;
+    let attachments = status.get("attachments").and_then(Value::as_array);
+    let attachments = attachments.with_context(|| format!("no attachments in {status}"))?;
+    Ok(attachments
+        .iter()
+        .filter_map(|attachment| attachment.get("link_id").and_then(Value::as_u64))
+        .collect())
+}
+
+fn serves(mesh: &Mesh) -> Result<bool> {
+    let url = format!("http://{}/", vip(1, 80));
+    Ok(mesh.shop.curl(&url).output(SOON)?.stdout.trim() == "web")
+}
+
+pub(super) fn a_killed_agent_fails_closed(_size: Size) -> Result<Finding> {
+    let mut mesh = web("killed")?;
+    mesh.start()?;
+    let (before, first) = (links(&mesh.lab.a)?, serves(&mesh)?);
+    mesh.lab.a.kill_agent();
+    let away = call(&mesh)?;
+    mesh.lab.a.start_agent()?;
+    mesh.lab.a.wait_until_ready()?;
+    let (after, second) = (links(&mesh.lab.a)?, serves(&mesh)?);
+    Ok(Finding::new(
+        first && away == "ECONNREFUSED" && second && before == after && !after.is_empty(),
+        format!(
+            "served before: {first}, while away: {away}, served after: {second}, links before {before:?} and after {after:?}"
+        ),
+    ))
+}
+
+pub(super) fn a_broken_catalog_at_start_takes_nothing_away(_size: Size) -> Result<Finding> {
+    let mut mesh = web("partly")?;
+    mesh.start()?;
+    mesh.lab.a.kill_agent();
+    let file = mesh.lab.catalog.directory().join("services.yaml");
+    let good = fs::read(&file).with_context(|| format!("reading {}", file.display()))?;
+    fs::write(&file, "service: { name: web, port: \n")?;
+    mesh.lab.a.start_agent()?;
+    mesh.lab.a.wait_until_ready()?;
+    // Not EHOSTUNREACH: the kernel knows the address, though the agent does not serve it.
+    let broken = call(&mesh)?;
+    mesh.lab
+        .change_catalog(|_catalog| Ok(fs::write(&file, &good)?))?;
+    let served = serves(&mesh)?;
+    Ok(Finding::new(
+        broken != "EHOSTUNREACH" && served,
+        format!("with the broken file: {broken}; served once it is mended: {served}"),
+    ))
+}
+
+pub(super) fn detach_leaves_a_clean_host(_size: Size) -> Result<Finding> {
+    let mut mesh = web("clean")?;
+    mesh.start()?;
+    let node = &mut mesh.lab.a;
+    let refused = node.sidestep(&["detach"])?.output(SOON)?;
+    node.signal_agent(Signal::TERM)?;
+    node.wait_for_agent_end(SOON)?;
+    let left = node.pin_directory().exists();
+    let detached = node.sidestep(&["detach"])?.output(SOON)?;
+    let gone = !node.pin_directory().exists();
+    let (complaint, lines) = (refused.stderr.clone(), detached.stdout.lines().count());
+    let after = call(&mesh)?;
+    Ok(Finding::new(
+        !refused.succeeded() && left && detached.succeeded() && gone && after == "ENETUNREACH",
+        format!(
+            "while it runs: {}; after: {lines} links detached, then calls end with {after}",
+            complaint.trim()
+        ),
+    ))
+}

@@ -1,0 +1,17 @@
+//! Agents that are killed, restarted and replaced.
+
+mod away;
+
+use super::{Claim, Topic};
+
+/// See the module.
+pub const TOPIC: Topic = Topic {
+    name: "dependable",
+    about: "agents that are killed, restarted and replaced under load",
+    programs: &["ip", "curl"],
+    claims: claims! {
+        away::a_killed_agent_fails_closed: "while a killed agent is away, calls are refused at once; the next agent serves them through the same links and maps";
+        away::a_broken_catalog_at_start_takes_nothing_away: "an agent that starts with a broken catalog file leaves in the kernel what that file said before";
+        away::detach_leaves_a_clean_host: "`sidestep detach` refuses while an agent runs, and leaves nothing of one that has ended";
+    },
+};

@@ -1,0 +1,15 @@
+//! Every claim of `cargo xtask prove dependable`, at its quick size.
+
+#![expect(
+    clippy::tests_outside_test_module,
+    reason = "an integration test is a test module"
+)]
+
+use bpf_tests::{claims::dependable::TOPIC, test_claims};
+
+test_claims! {
+    TOPIC:
+    a_killed_agent_fails_closed
+    a_broken_catalog_at_start_takes_nothing_away
+    detach_leaves_a_clean_host
+}
