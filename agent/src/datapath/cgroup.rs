@@ -3,10 +3,14 @@
 #![expect(unsafe_code, reason = "open_by_handle_at(2) has no safe binding")]
 
 use std::{
+    ffi::{OsStr, OsString},
     fs, io,
     os::{
         fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
-        unix::fs::MetadataExt as _,
+        unix::{
+            ffi::{OsStrExt as _, OsStringExt as _},
+            fs::MetadataExt as _,
+        },
     },
     path::{Path, PathBuf},
 };
@@ -73,11 +77,8 @@ impl Cgroup2 {
     /// [`CgroupError::NotMounted`], or if it cannot be read.
     pub fn find() -> Result<Self, CgroupError> {
         let mountinfo = Path::new("/proc/self/mountinfo");
-        let text = fs::read_to_string(mountinfo).map_err(CgroupError::file("read", mountinfo))?;
-        let mount = text
-            .lines()
-            .find_map(cgroup2_mount)
-            .ok_or(CgroupError::NotMounted)?;
+        let text = fs::read(mountinfo).map_err(CgroupError::file("read", mountinfo))?;
+        let mount = mount_point(&text).ok_or(CgroupError::NotMounted)?;
         let directory = fs::File::open(&mount).map_err(CgroupError::file("open", &mount))?;
         Ok(Self {
             mount,
@@ -133,9 +134,8 @@ impl Cgroup2 {
     /// [`CgroupError::NoneOwn`], or if /proc cannot be read.
     pub fn own(&self) -> Result<PathBuf, CgroupError> {
         let file = Path::new("/proc/self/cgroup");
-        let text = fs::read_to_string(file).map_err(CgroupError::file("read", file))?;
-        let own = text.lines().find_map(|line| line.strip_prefix("0::"));
-        own.map(PathBuf::from).ok_or(CgroupError::NoneOwn)
+        let text = fs::read(file).map_err(CgroupError::file("read", file))?;
+        own_path(&text).ok_or(CgroupError::NoneOwn)
     }
 
     /// Moves this process into a cgroup, which is made if it is missing.
@@ -159,16 +159,49 @@ pub fn id_of_directory(directory: &Path) -> Result<CgroupId, CgroupError> {
     Ok(CgroupId(metadata.ino()))
 }
 
-/// The mount point, if this line of mountinfo is about cgroup2: after ` - ` comes the file system's type.
-fn cgroup2_mount(line: &str) -> Option<PathBuf> {
-    let (mount, filesystem) = line.split_once(" - ")?;
-    if filesystem.split(' ').next() != Some("cgroup2") {
-        return None;
-    }
-    // proc(5): id, parent, device, root, mount point. A mount that shows only a part is of no use.
-    let mut fields = mount.split(' ').skip(3);
+/// Where cgroup2 is mounted, by the text of `/proc/self/mountinfo`: bytes, since the paths of others are in it.
+pub(crate) fn mount_point(mountinfo: &[u8]) -> Option<PathBuf> {
+    mountinfo
+        .split(|byte| *byte == b'\n')
+        .find_map(cgroup2_mount)
+}
+
+/// The version 2 cgroup by the text of `/proc/self/cgroup`.
+pub(crate) fn own_path(text: &[u8]) -> Option<PathBuf> {
+    let own = text
+        .split(|byte| *byte == b'\n')
+        .find_map(|line| line.strip_prefix(b"0::"))?;
+    Some(PathBuf::from(OsStr::from_bytes(own)))
+}
+
+/// The mount point, if this line of mountinfo is about cgroup2.
+///
+/// Source: proc(5). Id, parent, device, root, mount point, options, then optional fields up to a `-`, then the
+/// file system's type. A mount that shows only a part is of no use.
+fn cgroup2_mount(line: &[u8]) -> Option<PathBuf> {
+    let mut fields = line.split(|byte| *byte == b' ').skip(3);
     let (root, point) = (fields.next()?, fields.next()?);
-    (root == "/").then(|| PathBuf::from(point.replace("\\040", " ")))
+    fields.find(|field| *field == b"-")?;
+    let is_whole = fields.next()? == b"cgroup2" && root == b"/";
+    is_whole.then(|| PathBuf::from(OsString::from_vec(unescape(point))))
+}
+
+/// Undoes the kernel's `mangle()`: blank, tab, newline and backslash stand as a backslash and three octal digits.
+fn unescape(mangled: &[u8]) -> Vec<u8> {
+    let mut rest = mangled;
+    let mut plain = Vec::with_capacity(mangled.len());
+    while let [first, after @ ..] = rest {
+        let (byte, after) = match rest {
+            [b'\\', b'0', b'4', b'0', after @ ..] => (b' ', after),
+            [b'\\', b'0', b'1', b'1', after @ ..] => (b'\t', after),
+            [b'\\', b'0', b'1', b'2', after @ ..] => (b'\n', after),
+            [b'\\', b'1', b'3', b'4', after @ ..] => (b'\\', after),
+            _ => (*first, after),
+        };
+        plain.push(byte);
+        rest = after;
+    }
+    plain
 }
 
 #[cfg(test)]
@@ -180,9 +213,25 @@ mod tests {
         let v1 = "30 23 0:26 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory";
         let v2 = "31 23 0:27 / /sys/fs/cgroup/unified rw,nosuid shared:9 - cgroup2 cgroup2 rw";
         let part = "32 23 0:27 /docker/x /mnt rw - cgroup2 cgroup2 rw";
-        assert_eq!(cgroup2_mount(v1), None);
-        assert_eq!(cgroup2_mount(v2), Some("/sys/fs/cgroup/unified".into()));
-        assert_eq!(cgroup2_mount(part), None);
-        assert_eq!(cgroup2_mount("nonsense"), None);
+        let mount = |lines: &[&str]| mount_point(lines.join("\n").as_bytes());
+        let expected = Some(PathBuf::from("/sys/fs/cgroup/unified"));
+        assert_eq!(mount(&[v1, part, "nonsense", v2, ""]), expected);
+        assert_eq!(mount(&[v1, part, "nonsense", ""]), None);
+    }
+
+    #[test]
+    fn paths_of_other_mounts_are_any_bytes() {
+        let mounts = b"30 23 0:26 / /mnt/caf\xe9\\040-\\040cgroup2 rw - ext4 /dev/sda rw\n\
+            31 23 0:27 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n";
+        assert_eq!(mount_point(mounts), Some("/sys/fs/cgroup".into()));
+        let own = b"12:memory:/caf\xe9\n0::/a\xe9\n";
+        assert_eq!(own_path(own), Some(OsStr::from_bytes(b"/a\xe9").into()));
+        assert_eq!(own_path(b"12:memory:/x\n"), None);
+    }
+
+    #[test]
+    fn escaped_mount_points_are_read_back() {
+        let mounts = br"31 23 0:27 / /a\040b\011c\012d\134040e rw - cgroup2 none rw";
+        assert_eq!(mount_point(mounts), Some("/a b\tc\nd\\040e".into()));
     }
 }
