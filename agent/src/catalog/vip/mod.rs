@@ -153,9 +153,8 @@ impl VipAllocator {
         let mut assigned = Assigned::default();
         let claimed = claim_explicit(snapshot, &mut assigned);
         self.free_gone(snapshot, now);
-        self.drop_conflicting(&claimed);
-        let mut taken = self.taken();
-        taken.extend(claimed);
+        let mut taken = claimed;
+        self.drop_conflicting(&mut taken);
         for (name, service) in &snapshot.services {
             if !service.explicit_addresses.is_empty() {
                 continue;
@@ -193,26 +192,19 @@ impl VipAllocator {
         });
     }
 
-    /// An operator may claim an address that was given out, or change the range.
-    fn drop_conflicting(&mut self, claimed: &BTreeSet<IpAddr>) {
+    /// Takes what was given out, without what an operator claimed meanwhile or a new range leaves out.
+    ///
+    /// An address that a damaged state file gave to two services stays with the first by name.
+    fn drop_conflicting(&mut self, taken: &mut BTreeSet<IpAddr>) {
         let pools = self.pools;
         for given in self.given.values_mut() {
-            given.ipv4 = given
-                .ipv4
-                .filter(|a| pools.ipv4.contains(a) && !claimed.contains(&IpAddr::V4(*a)));
+            given.ipv4 = given.ipv4.filter(|a| {
+                pools.ipv4.contains(a) && !a.is_broadcast() && taken.insert(IpAddr::V4(*a))
+            });
             given.ipv6 = given
                 .ipv6
-                .filter(|a| pools.ipv6.contains(a) && !claimed.contains(&IpAddr::V6(*a)));
+                .filter(|a| pools.ipv6.contains(a) && taken.insert(IpAddr::V6(*a)));
         }
-    }
-
-    fn taken(&self) -> BTreeSet<IpAddr> {
-        let addresses = |given: &Given| {
-            [given.ipv4.map(IpAddr::V4), given.ipv6.map(IpAddr::V6)]
-                .into_iter()
-                .flatten()
-        };
-        self.given.values().flat_map(addresses).collect()
     }
 
     fn give(

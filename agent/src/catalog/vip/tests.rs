@@ -146,6 +146,31 @@ fn a_damaged_state_file_is_moved_aside() {
 }
 
 #[test]
+fn what_a_state_file_may_not_say_is_given_anew() {
+    let directory = tempfile::tempdir().unwrap();
+    let state = directory.path().join("vips.json");
+    let [a, b, c] = ["a", "b", "c"].map(|name| name.parse::<ServiceName>().unwrap());
+    fs::write(
+        &state,
+        r#"{"version": 1, "services": {
+            "a": {"ipv4": "240.0.0.5", "ipv6": "fd00:1::5"},
+            "b": {"ipv4": "240.0.0.5", "ipv6": "fd00:1::5"},
+            "c": {"ipv4": "255.255.255.255", "ipv6": "fd00:1::6"}}}"#,
+    )
+    .unwrap();
+    let services = snapshot([("a", None), ("b", None), ("c", None)]);
+    let given = allocator("240.0.0.0/4", Some(&state))
+        .assign(&services, at(0))
+        .addresses;
+    let both = ["240.0.0.5", "fd00:1::5"].map(|a| a.parse().unwrap());
+    assert_eq!(given[&a], BTreeSet::from(both));
+    assert_eq!(given[&b].len(), 2);
+    assert!(given[&b].is_disjoint(&given[&a]));
+    assert!(!given[&c].contains(&IpAddr::V4(Ipv4Addr::BROADCAST)));
+    assert_eq!(given[&c].len(), 2);
+}
+
+#[test]
 fn a_state_file_that_cannot_be_written_is_reported_and_addresses_hold() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("file");
