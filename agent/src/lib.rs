@@ -22,3 +22,6 @@ pub mod lifecycle;
 pub mod privileges;
 pub mod stable_hash;
 pub mod cli;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;

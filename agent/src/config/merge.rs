@@ -58,16 +58,38 @@ pub(super) fn read(main: &Path) -> Result<Merged, ConfigError> {
     }
 }
 
+/// Takes `text` for the main file's, without drop-ins.
+#[cfg(any(test, fuzzing))]
+pub(super) fn read_text(main: &Path, text: &str) -> Result<Merged, ConfigError> {
+    let table = parse(main, text).map_err(|problem| ConfigError {
+        problems: vec![problem],
+    })?;
+    let mut merged = Merged {
+        table: Table::new(),
+        main: main.to_owned(),
+        origins: BTreeMap::new(),
+    };
+    overlay(&mut merged.table, table, "", main, &mut merged.origins);
+    Ok(merged)
+}
+
 fn read_one(file: &Path) -> Result<Table, ConfigProblem> {
-    let problem = |message| ConfigProblem {
+    let text = std::fs::read_to_string(file)
+        .map_err(|error| unreadable(file, format!("cannot be read: {error}")))?;
+    parse(file, &text)
+}
+
+fn parse(file: &Path, text: &str) -> Result<Table, ConfigProblem> {
+    text.parse()
+        .map_err(|error: toml::de::Error| unreadable(file, format!("is not TOML: {error}")))
+}
+
+fn unreadable(file: &Path, message: String) -> ConfigProblem {
+    ConfigProblem {
         file: file.to_owned(),
         key: String::new(),
         message,
-    };
-    let text = std::fs::read_to_string(file)
-        .map_err(|error| problem(format!("cannot be read: {error}")))?;
-    text.parse()
-        .map_err(|error: toml::de::Error| problem(format!("is not TOML: {error}")))
+    }
 }
 
 /// `/etc/sidestep/sidestep.toml` has its drop-ins in `/etc/sidestep/sidestep.d/`. None is fine.

@@ -256,7 +256,16 @@ impl std::error::Error for ConfigError {}
 /// # Errors
 /// [`ConfigError`] with every problem found.
 pub fn load(path: &Path) -> Result<Config, ConfigError> {
-    let merged = merge::read(path)?;
+    from_merged(&merge::read(path)?)
+}
+
+/// For [`crate::fuzzing`]: what a file without drop-ins means if it holds `text`.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn read_text(text: &str) -> Result<Config, ConfigError> {
+    from_merged(&merge::read_text(Path::new(DEFAULT_PATH), text)?)
+}
+
+fn from_merged(merged: &merge::Merged) -> Result<Config, ConfigError> {
     let parsed: raw::Config =
         serde_path_to_error::deserialize(merged.table.clone()).map_err(|error| {
             let key = error.path().to_string();
@@ -269,7 +278,7 @@ pub fn load(path: &Path) -> Result<Config, ConfigError> {
                 }],
             }
         })?;
-    check::check(parsed, &merged)
+    check::check(parsed, merged)
 }
 
 impl Config {

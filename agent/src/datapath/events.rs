@@ -85,7 +85,7 @@ impl RefusedEvents {
                 failed = pass_on(self.log.as_mut()) => return Err(failed),
             };
             if let Some(item) = ready.get_inner_mut().0.next() {
-                if let Some(refused) = parse(&item) {
+                if let Some(refused) = Refused::from_record(&item) {
                     return Ok(refused);
                 }
                 continue;
@@ -112,22 +112,25 @@ async fn pass_on(log: Option<&mut AsyncFd<KernelLog>>) -> io::Error {
     }
 }
 
-/// `None` for a record of another layout; the programs of this build write none.
-fn parse(bytes: &[u8]) -> Option<Refused> {
-    let words: &[u8; size_of::<Refusal>()] = bytes.get(..size_of::<Refusal>())?.try_into().ok()?;
-    let refusal = Refusal::from_bytes(words);
-    let name = refusal
-        .command
-        .iter()
-        .copied()
-        .take_while(|byte| *byte != 0);
-    Some(Refused {
-        destination: socket_address(&refusal.destination, refusal.destination_port),
-        reason: Verdict::from_slot(refusal.verdict)?,
-        cgroup: CgroupId(refusal.cgroup),
-        netns: NetnsCookie(refusal.netns),
-        uid: refusal.uid,
-        process: refusal.process,
-        command: String::from_utf8_lossy(&name.collect::<Vec<u8>>()).into_owned(),
-    })
+impl Refused {
+    /// `None` for a record of another layout; the programs of this build write none.
+    pub(crate) fn from_record(bytes: &[u8]) -> Option<Self> {
+        let words: &[u8; size_of::<Refusal>()] =
+            bytes.get(..size_of::<Refusal>())?.try_into().ok()?;
+        let refusal = Refusal::from_bytes(words);
+        let name = refusal
+            .command
+            .iter()
+            .copied()
+            .take_while(|byte| *byte != 0);
+        Some(Self {
+            destination: socket_address(&refusal.destination, refusal.destination_port),
+            reason: Verdict::from_slot(refusal.verdict)?,
+            cgroup: CgroupId(refusal.cgroup),
+            netns: NetnsCookie(refusal.netns),
+            uid: refusal.uid,
+            process: refusal.process,
+            command: String::from_utf8_lossy(&name.collect::<Vec<u8>>()).into_owned(),
+        })
+    }
 }

@@ -52,9 +52,12 @@ fn cpu_seconds() -> f64 {
         .as_secs_f64()
 }
 
-/// `VmRSS` in `proc_pid_status(5)`, which is in units of 1024 bytes.
 fn resident_bytes() -> Option<u64> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
+    resident_in(&fs::read_to_string("/proc/self/status").ok()?)
+}
+
+/// `VmRSS` in `proc_pid_status(5)`, which is in units of 1024 bytes.
+pub(crate) fn resident_in(status: &str) -> Option<u64> {
     let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"))?;
     let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kibibytes.checked_mul(1024)

@@ -23,7 +23,7 @@ use crate::catalog::model::{
 
 /// What one file contributes to the snapshot.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Content {
+pub(crate) struct Content {
     pub(super) instances: Vec<Registered>,
     pub(super) intentions: Vec<Intention>,
     pub(super) defaults: Vec<(ServiceName, model::ServiceDefaults)>,
@@ -60,7 +60,7 @@ const UNUSED_KINDS: [&str; 15] = [
 ];
 
 /// Parses and checks a file. One wrong document makes the whole file wrong: half a file is no state anybody meant.
-pub(super) fn read(path: &Path, text: &str, context: &FileContext) -> Result<Content, String> {
+pub(crate) fn read(path: &Path, text: &str, context: &FileContext) -> Result<Content, String> {
     let format = Format::of(path).ok_or("expected a .yaml, .yml, .json or .hcl file")?;
     let mut content = Content::default();
     for (index, document) in format::parse(format, text)?.into_iter().enumerate() {

@@ -3,7 +3,7 @@
 //! Each file is read whole or not at all: one that cannot be understood keeps what it said last, and so does a
 //! directory that cannot be listed. `docs/catalog.md` is the reference of what files may say.
 
-mod content;
+pub(crate) mod content;
 mod entries;
 mod format;
 mod scan;

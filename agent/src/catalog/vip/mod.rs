@@ -147,6 +147,20 @@ impl VipAllocator {
         )
     }
 
+    /// For [`crate::fuzzing`]: an allocator that finds `state` in its file.
+    ///
+    /// # Errors
+    /// If the file would count as damaged.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn with_state(pools: VipPools, state: &[u8]) -> io::Result<Self> {
+        Ok(Self {
+            pools,
+            state_file: None,
+            quarantine: Duration::ZERO,
+            given: parse_state(state)?,
+        })
+    }
+
     /// Gives every service of `snapshot` its addresses: the explicit ones if it has any, else its own.
     pub fn assign(&mut self, snapshot: &Snapshot, now: SystemTime) -> Assigned {
         let before = self.given.clone();
@@ -310,12 +324,16 @@ fn read_state(path: &Path) -> io::Result<Option<BTreeMap<ServiceName, Given>>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error),
     };
-    let state: StateFile = serde_json::from_slice(&bytes)?;
+    parse_state(&bytes).map(Some)
+}
+
+fn parse_state(bytes: &[u8]) -> io::Result<BTreeMap<ServiceName, Given>> {
+    let state: StateFile = serde_json::from_slice(bytes)?;
     if state.version != STATE_VERSION {
         let message = format!("version {}: expected {STATE_VERSION}", state.version);
         return Err(io::Error::new(io::ErrorKind::InvalidData, message));
     }
-    Ok(Some(state.services))
+    Ok(state.services)
 }
 
 /// Whole or not at all: a crash leaves the old file or the new one.
