@@ -12,7 +12,7 @@ use super::{
     ConfigError, ConfigProblem, IdentityConfig, LimitsConfig, LogFormat, NodeConfig, PolicyConfig,
     TelemetryConfig, TunnelConfig, WorkloadConfig, WorkloadRule, merge::Merged, raw,
 };
-use crate::catalog::model::NodeName;
+use crate::{catalog::model::NodeName, telemetry::log};
 
 /// Collects what is wrong.
 struct Checker<'a> {
@@ -74,6 +74,7 @@ pub(super) fn check(raw: raw::Config, merged: &Merged) -> Result<Config, ConfigE
     };
     let c = &mut checker;
     let name = node_name(c, raw.node.name);
+    datacenter(c, &raw.node.datacenter);
     c.absolute("node.state_dir", &raw.node.state_dir);
     if let Some(cgroup) = &raw.agent.cgroup {
         c.cgroup("agent.cgroup", cgroup);
@@ -85,13 +86,13 @@ pub(super) fn check(raw: raw::Config, merged: &Merged) -> Result<Config, ConfigE
     let capture = capture(c, raw.capture);
     c.absolute("catalog.directory", &raw.catalog.directory);
     let identity = identity(c, raw.identity);
-    let workloads = workloads(c, raw.workload);
+    let workloads = workloads(c, raw.workload, &capture.cgroups);
     let tunnel = tunnel(c, &raw.tunnel, raw.node.address);
     c.expect(tunnel.port != capture.port, "tunnel.port", || {
         format!("{}: expected another port than capture.port", tunnel.port)
     });
     let limits = limits(c, &raw.limits);
-    let telemetry = telemetry(c, raw.telemetry);
+    let telemetry = telemetry(c, raw.telemetry, capture.port);
     c.absolute("admin.socket", &raw.admin.socket);
 
     match name {
@@ -146,6 +147,18 @@ fn node_name(c: &mut Checker<'_>, name: Option<NodeName>) -> Option<NodeName> {
             None
         }
     }
+}
+
+/// A label of server names and a part of identities. Consul takes the same characters.
+fn datacenter(c: &mut Checker<'_>, name: &str) {
+    let plain = name
+        .bytes()
+        .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'_'));
+    c.expect(
+        plain && (1..=63).contains(&name.len()),
+        "node.datacenter",
+        || format!("{name:?}: expected 1 to 63 characters out of a-z 0-9 - _"),
+    );
 }
 
 fn capture(c: &mut Checker<'_>, raw: raw::Capture) -> CaptureConfig {
@@ -237,12 +250,16 @@ fn identity(c: &mut Checker<'_>, raw: raw::Identity) -> IdentityConfig {
     }
 }
 
-fn workloads(c: &mut Checker<'_>, raw: Vec<raw::Workload>) -> Vec<WorkloadConfig> {
+fn workloads(
+    c: &mut Checker<'_>,
+    raw: Vec<raw::Workload>,
+    captured: &[PathBuf],
+) -> Vec<WorkloadConfig> {
     let mut seen: HashMap<WorkloadRule, usize> = HashMap::new();
     let mut workloads = Vec::new();
     for (index, workload) in raw.into_iter().enumerate() {
         let key = format!("workload[{index}]");
-        let Some(rule) = rule(c, &key, &workload) else {
+        let Some(rule) = rule(c, &key, &workload, captured) else {
             continue;
         };
         if let Some(first) = seen.insert(rule.clone(), index) {
@@ -260,10 +277,19 @@ fn workloads(c: &mut Checker<'_>, raw: Vec<raw::Workload>) -> Vec<WorkloadConfig
     workloads
 }
 
-fn rule(c: &mut Checker<'_>, key: &str, workload: &raw::Workload) -> Option<WorkloadRule> {
+fn rule(
+    c: &mut Checker<'_>,
+    key: &str,
+    workload: &raw::Workload,
+    captured: &[PathBuf],
+) -> Option<WorkloadRule> {
     let rules: Vec<WorkloadRule> = [
         workload.cgroup.clone().map(WorkloadRule::Cgroup),
-        workload.unit.clone().map(WorkloadRule::Unit),
+        workload
+            .unit
+            .as_deref()
+            .map(unit_name)
+            .map(WorkloadRule::Unit),
         workload.user.map(WorkloadRule::User),
         workload.netns.clone().map(WorkloadRule::Netns),
     ]
@@ -281,22 +307,47 @@ fn rule(c: &mut Checker<'_>, key: &str, workload: &raw::Workload) -> Option<Work
         return None;
     };
     match rule {
-        WorkloadRule::Cgroup(path) => {
-            c.cgroup(&format!("{key}.cgroup"), path);
-            c.expect(path != Path::new("/"), &format!("{key}.cgroup"), || {
-                "\"/\": expected a cgroup below the root: every process is in the root".to_owned()
-            });
-        }
+        WorkloadRule::Cgroup(path) => workload_cgroup(c, &format!("{key}.cgroup"), path, captured),
         WorkloadRule::Unit(unit) => {
-            let good = !unit.contains('/') && unit.ends_with(".service") && unit.len() > 8;
+            // systemd.unit(5): what a unit's name may be made of.
+            let plain = unit
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b":-_.\\@".contains(&b));
+            let good = plain && !unit.starts_with('.') && unit.len() <= 255;
             c.expect(good, &format!("{key}.unit"), || {
-                format!("{unit:?}: expected a service unit's name, like \"web.service\"")
+                let given = workload.unit.as_deref().unwrap_or_default();
+                format!("{given:?}: expected a unit's name, like \"web.service\"")
             });
         }
         WorkloadRule::User(_) => {}
         WorkloadRule::Netns(path) => c.absolute(&format!("{key}.netns"), path),
     }
     Some(rule.clone())
+}
+
+/// A rule for processes that nothing captures would never match: most likely a slip of the pen.
+fn workload_cgroup(c: &mut Checker<'_>, key: &str, path: &Path, captured: &[PathBuf]) {
+    c.cgroup(key, path);
+    c.expect(path != Path::new("/"), key, || {
+        "\"/\": expected a cgroup below the root: every process is in the root".to_owned()
+    });
+    let meets = |other: &PathBuf| path.starts_with(other) || other.starts_with(path);
+    // With no cgroups at all, that is the problem.
+    let is_captured = captured.is_empty() || captured.iter().any(meets);
+    c.expect(is_captured || !path.is_absolute(), key, || {
+        format!(
+            "{:?}: expected a cgroup that is or has or is below one of capture.cgroups",
+            path.display()
+        )
+    });
+}
+
+/// A unit's full name: as for systemctl, `web` is `web.service`. Sockets, timers and the like have no processes.
+fn unit_name(unit: &str) -> String {
+    match unit.rsplit_once('.') {
+        Some((_, "service" | "scope" | "slice")) => unit.to_owned(),
+        _other => format!("{unit}.service"),
+    }
 }
 
 fn tunnel(c: &mut Checker<'_>, raw: &raw::Tunnel, address: Option<IpAddr>) -> TunnelConfig {
@@ -337,16 +388,14 @@ fn limits(c: &mut Checker<'_>, raw: &raw::Limits) -> LimitsConfig {
     }
 }
 
-fn telemetry(c: &mut Checker<'_>, raw: raw::Telemetry) -> TelemetryConfig {
-    let filter: Result<tracing_subscriber::EnvFilter, _> = raw.log.parse();
-    if let Err(error) = filter {
-        c.problem(
-            "telemetry.log",
-            format!(
-                "{:?}: {error}; expected error, warn, info, debug, trace or a filter",
-                raw.log
-            ),
-        );
+fn telemetry(c: &mut Checker<'_>, raw: raw::Telemetry, capture_port: u16) -> TelemetryConfig {
+    if let Err(error) = log::parse(&raw.log) {
+        c.problem("telemetry.log", format!("{:?}: {}", raw.log, error));
+    }
+    if let raw::Metrics::At(address) = raw.metrics {
+        c.expect(address.port() != capture_port, "telemetry.metrics", || {
+            format!("{address}: expected another port than capture.port")
+        });
     }
     let access_log = match raw.access_log.as_str() {
         "off" => AccessLog::Off,

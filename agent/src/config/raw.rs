@@ -1,13 +1,17 @@
 //! What the files may say: every key, its type and its default. No check beyond types.
 
 use std::{
+    fmt,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
     time::Duration,
 };
 
 use ipnet::{Ipv4Net, Ipv6Net};
-use serde::{Deserialize, Deserializer, de::Error as _};
+use serde::{
+    Deserialize, Deserializer,
+    de::{Error as _, Unexpected, Visitor},
+};
 
 use crate::{
     catalog::model::{InstanceId, IntentionAction, NodeName, ServiceName},
@@ -43,6 +47,7 @@ pub(super) struct Config {
 #[serde(deny_unknown_fields, default)]
 pub(super) struct Node {
     pub(super) name: Option<NodeName>,
+    #[serde(deserialize_with = "address")]
     pub(super) address: Option<IpAddr>,
     pub(super) datacenter: String,
     pub(super) state_dir: PathBuf,
@@ -69,15 +74,15 @@ pub(super) struct Agent {
 #[serde(deny_unknown_fields)]
 pub(super) struct Capture {
     pub(super) cgroups: Vec<PathBuf>,
-    #[serde(default = "capture_port")]
+    #[serde(default = "capture_port", deserialize_with = "port")]
     pub(super) port: u16,
-    #[serde(default = "ipv4_range")]
+    #[serde(default = "ipv4_range", deserialize_with = "ipv4_network")]
     pub(super) ipv4_range: Ipv4Net,
-    #[serde(default = "ipv6_range")]
+    #[serde(default = "ipv6_range", deserialize_with = "ipv6_network")]
     pub(super) ipv6_range: Ipv6Net,
-    #[serde(default = "max_vips")]
+    #[serde(default = "max_vips", deserialize_with = "count")]
     pub(super) max_vips: u32,
-    #[serde(default = "max_flows")]
+    #[serde(default = "max_flows", deserialize_with = "count")]
     pub(super) max_flows: u32,
     #[serde(default = "pin_directory")]
     pub(super) pin_directory: PathBuf,
@@ -185,6 +190,7 @@ pub(super) struct Workload {
     pub(super) instance: Option<InstanceId>,
     pub(super) cgroup: Option<PathBuf>,
     pub(super) unit: Option<String>,
+    #[serde(default, deserialize_with = "user")]
     pub(super) user: Option<u32>,
     pub(super) netns: Option<PathBuf>,
 }
@@ -192,7 +198,9 @@ pub(super) struct Workload {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct Tunnel {
+    #[serde(deserialize_with = "address")]
     pub(super) listen: Option<IpAddr>,
+    #[serde(deserialize_with = "port")]
     pub(super) port: u16,
     pub(super) connect_timeout: Span,
     pub(super) handshake_timeout: Span,
@@ -212,9 +220,11 @@ impl Default for Tunnel {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct Limits {
+    #[serde(deserialize_with = "count")]
     pub(super) max_connections: u32,
     pub(super) idle_timeout: Option<Span>,
     pub(super) drain_timeout: Span,
+    #[serde(deserialize_with = "count")]
     pub(super) eject_after: u32,
     pub(super) eject_for: Span,
 }
@@ -259,14 +269,13 @@ pub(super) enum Metrics {
 
 impl<'de> Deserialize<'de> for Metrics {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        match String::deserialize(from)?.as_str() {
-            "off" => Ok(Self::Off),
-            text => text.parse().map(Self::At).map_err(|_invalid| {
-                D::Error::custom(format!(
-                    "{text:?}: expected \"off\" or an address like \"127.0.0.1:15020\""
-                ))
-            }),
-        }
+        from.deserialize_str(Text {
+            expected: "\"off\" or an address and port like \"127.0.0.1:15020\"",
+            parse: |text| match text {
+                "off" => Some(Self::Off),
+                address => address.parse().map(Self::At).ok(),
+            },
+        })
     }
 }
 
@@ -297,11 +306,9 @@ pub(super) struct Span(pub(super) Duration);
 
 impl<'de> Deserialize<'de> for Span {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(from)?;
-        parse_span(&text).map(Self).ok_or_else(|| {
-            D::Error::custom(format!(
-                "{text:?}: expected a duration: a whole number and ms, s, m, h or d, like \"30s\""
-            ))
+        from.deserialize_str(Text {
+            expected: "a duration in quotes, like \"30s\": a whole number and ms, s, m, h or d",
+            parse: |text| parse_span(text).map(Self),
         })
     }
 }
@@ -319,4 +326,73 @@ fn parse_span(text: &str) -> Option<Duration> {
         _ => return None,
     };
     number.checked_mul(millis).map(Duration::from_millis)
+}
+
+fn address<'de, D: Deserializer<'de>>(from: D) -> Result<Option<IpAddr>, D::Error> {
+    from.deserialize_str(Text {
+        expected: "an IP address in quotes, like \"192.0.2.1\"",
+        parse: |text| text.parse().ok().map(Some),
+    })
+}
+
+fn ipv4_network<'de, D: Deserializer<'de>>(from: D) -> Result<Ipv4Net, D::Error> {
+    from.deserialize_str(Text {
+        expected: "an IPv4 network in quotes, like \"240.0.0.0/4\"",
+        parse: |text| text.parse().ok(),
+    })
+}
+
+fn ipv6_network<'de, D: Deserializer<'de>>(from: D) -> Result<Ipv6Net, D::Error> {
+    from.deserialize_str(Text {
+        expected: "an IPv6 network in quotes, like \"fd00:1:2:3::/64\"",
+        parse: |text| text.parse().ok(),
+    })
+}
+
+/// Text with a meaning. Says what was expected in the operator's words; serde's are those of Rust.
+struct Text<T> {
+    expected: &'static str,
+    parse: fn(&str) -> Option<T>,
+}
+
+impl<T> Visitor<'_> for Text<T> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.expected)
+    }
+
+    fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<T, E> {
+        (self.parse)(text)
+            .ok_or_else(|| E::custom(format_args!("{text:?}: expected {}", self.expected)))
+    }
+}
+
+fn port<'de, D: Deserializer<'de>>(from: D) -> Result<u16, D::Error> {
+    from.deserialize_i64(WholeNumber { most: u16::MAX })
+}
+
+fn count<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
+    from.deserialize_i64(WholeNumber { most: u32::MAX })
+}
+
+fn user<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u32>, D::Error> {
+    count(from).map(Some)
+}
+
+/// A number from 0 to `most`, which is the type's greatest.
+struct WholeNumber<T> {
+    most: T,
+}
+
+impl<T: TryFrom<i64> + fmt::Display> Visitor<'_> for WholeNumber<T> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "a whole number from 0 to {}", self.most)
+    }
+
+    fn visit_i64<E: serde::de::Error>(self, number: i64) -> Result<T, E> {
+        T::try_from(number).map_err(|_outside| E::invalid_value(Unexpected::Signed(number), &self))
+    }
 }

@@ -60,77 +60,8 @@ fn the_shipped_example_is_valid() {
     load(&path).unwrap();
 }
 
-#[test]
-fn a_problem_names_key_value_and_what_was_expected() {
-    let table = [
-        (
-            "[capture]\ncgroups = []",
-            "capture.cgroups: []: expected at least one cgroup",
-        ),
-        (
-            "[capture]\ncgroups = [\"a/../b\"]",
-            "capture.cgroups[0]: \"a/../b\": expected a cgroup's path",
-        ),
-        ("[capture]\nport = 0", "capture.port: 0: expected a port"),
-        ("[capture]\nport = 70000", "capture.port: "),
-        (
-            "[capture]\nprot = 1",
-            "capture.prot: unknown field `prot`, expected one of",
-        ),
-        (
-            "[capture]\nipv4_range = \"127.0.0.0/8\"",
-            "capture.ipv4_range: 127.0.0.0/8: expected",
-        ),
-        (
-            "[tunnel]\nport = 15001",
-            "tunnel.port: 15001: expected another port than capture.port",
-        ),
-        (
-            "[tunnel]\nconnect_timeout = \"5\"",
-            "tunnel.connect_timeout: \"5\": expected a duration",
-        ),
-        (
-            "[limits]\nmax_connections = 0",
-            "limits.max_connections: 0: expected 1 to",
-        ),
-        ("[telemetry]\nlog = \"=\"", "telemetry.log: \"=\": "),
-        (
-            "[telemetry]\nmetrics = \"here\"",
-            "telemetry.metrics: \"here\": expected \"off\" or an address",
-        ),
-        (
-            "[telemetry]\naccess_log = \"x\"",
-            "telemetry.access_log: \"x\": expected \"off\"",
-        ),
-        (
-            "[identity]\ntrust_domain = \"No Domain\"",
-            "identity.trust_domain: ",
-        ),
-        (
-            "[identity]\nleaf_ttl = \"1s\"",
-            "identity.leaf_ttl: 1000 ms: expected at least",
-        ),
-        (
-            "[agent]\ncgroup = \"/\"",
-            "agent.cgroup: \"/\": expected a cgroup below the root",
-        ),
-        (
-            "[[workload]]\nservice = \"web\"",
-            "workload[0]: 0 rules: expected exactly one",
-        ),
-        (
-            "[[workload]]\nservice = \"web\"\nuser = 1\nnetns = \"/x\"",
-            "workload[0]: 2 rules: expected exactly one",
-        ),
-        (
-            "[[workload]]\nservice = \"web\"\nunit = \"web\"",
-            "workload[0].unit: \"web\": expected a service unit",
-        ),
-        (
-            "[[workload]]\nservice = \"a\"\nuser = 1\n[[workload]]\nservice = \"b\"\nuser = 1",
-            "workload[1]: the same rule as workload[0]",
-        ),
-    ];
+/// Each drop-in makes a problem that begins with the text behind it, and is itself named as its place.
+fn assert_problems(table: &[(&str, &str)]) {
     for (drop_in, expected) in table {
         let (_directory, path) = write(LEAST, &[("10.toml", drop_in)]);
         let error = load(&path).expect_err(drop_in);
@@ -149,6 +80,152 @@ fn a_problem_names_key_value_and_what_was_expected() {
             .all(|p| p.file.ends_with("sidestep.d/10.toml"));
         assert!(files, "{drop_in:?} blamed {:?}", error.problems);
     }
+}
+
+#[test]
+fn a_value_of_the_wrong_kind_names_what_was_expected() {
+    assert_problems(&[
+        (
+            "[capture]\nport = 70000",
+            "capture.port: invalid value: integer `70000`, expected a whole number from 0 to 65535",
+        ),
+        (
+            "[capture]\nmax_vips = -1",
+            "capture.max_vips: invalid value: integer `-1`, expected a whole number from 0 to 4294967295",
+        ),
+        (
+            "[capture]\nipv4_range = \"240.0.0.1\"",
+            "capture.ipv4_range: \"240.0.0.1\": expected an IPv4 network",
+        ),
+        (
+            "[capture]\nipv6_range = \"fd00::\"",
+            "capture.ipv6_range: \"fd00::\": expected an IPv6 network",
+        ),
+        (
+            "[node]\naddress = \"192.0.2\"",
+            "node.address: \"192.0.2\": expected an IP address",
+        ),
+        (
+            "[tunnel]\nlisten = \"localhost\"",
+            "tunnel.listen: \"localhost\": expected an IP address",
+        ),
+        (
+            "[capture]\nprot = 1",
+            "capture.prot: unknown field `prot`, expected one of",
+        ),
+        (
+            "[tunnel]\nconnect_timeout = \"5\"",
+            "tunnel.connect_timeout: \"5\": expected a duration",
+        ),
+        (
+            "[limits]\nidle_timeout = 30",
+            "limits.idle_timeout: invalid type: integer `30`, expected a duration in quotes",
+        ),
+        (
+            "[telemetry]\nmetrics = \"here\"",
+            "telemetry.metrics: \"here\": expected \"off\" or an address",
+        ),
+        (
+            "[identity]\ntrust_domain = \"No Domain\"",
+            "identity.trust_domain: ",
+        ),
+    ]);
+}
+
+#[test]
+fn a_value_that_cannot_be_used_is_named_with_what_was_expected() {
+    assert_problems(&[
+        (
+            "[capture]\ncgroups = []",
+            "capture.cgroups: []: expected at least one cgroup",
+        ),
+        (
+            "[capture]\ncgroups = [\"a/../b\"]",
+            "capture.cgroups[0]: \"a/../b\": expected a cgroup's path",
+        ),
+        ("[capture]\nport = 0", "capture.port: 0: expected a port"),
+        (
+            "[node]\ndatacenter = \"d/c 1\"",
+            "node.datacenter: \"d/c 1\": expected 1 to 63",
+        ),
+        (
+            "[node]\ndatacenter = \"\"",
+            "node.datacenter: \"\": expected 1 to 63",
+        ),
+        (
+            "[capture]\nipv4_range = \"127.0.0.0/8\"",
+            "capture.ipv4_range: 127.0.0.0/8: expected",
+        ),
+        (
+            "[tunnel]\nport = 15001",
+            "tunnel.port: 15001: expected another port than capture.port",
+        ),
+        (
+            "[limits]\nmax_connections = 0",
+            "limits.max_connections: 0: expected 1 to",
+        ),
+        ("[telemetry]\nlog = \"=\"", "telemetry.log: \"=\": "),
+        ("[telemetry]\nlog = \"loud\"", "telemetry.log: \"loud\": "),
+        (
+            "[telemetry]\nlog = \"info,sidestep::relay\"",
+            "telemetry.log: \"info,sidestep::relay\": ",
+        ),
+        (
+            "[telemetry]\nmetrics = \"127.0.0.1:15001\"",
+            "telemetry.metrics: 127.0.0.1:15001: expected another port than capture.port",
+        ),
+        (
+            "[telemetry]\naccess_log = \"x\"",
+            "telemetry.access_log: \"x\": expected \"off\"",
+        ),
+        (
+            "[identity]\nleaf_ttl = \"1s\"",
+            "identity.leaf_ttl: 1000 ms: expected at least",
+        ),
+        (
+            "[agent]\ncgroup = \"/\"",
+            "agent.cgroup: \"/\": expected a cgroup below the root",
+        ),
+    ]);
+}
+
+#[test]
+fn a_rule_that_cannot_work_is_named() {
+    assert_problems(&[
+        (
+            "[[workload]]\nservice = \"web\"",
+            "workload[0]: 0 rules: expected exactly one",
+        ),
+        (
+            "[[workload]]\nservice = \"web\"\nuser = 1\nnetns = \"/x\"",
+            "workload[0]: 2 rules: expected exactly one",
+        ),
+        (
+            "[[workload]]\nservice = \"web\"\nunit = \"a/web\"",
+            "workload[0].unit: \"a/web\": expected a unit's name",
+        ),
+        (
+            "[[workload]]\nservice = \"web\"\ncgroup = \"/mesh/web\"",
+            "workload[0].cgroup: \"/mesh/web\": expected a cgroup that is or has or is below one of capture.cgroups",
+        ),
+        (
+            "[[workload]]\nservice = \"a\"\nunit = \"web\"\n[[workload]]\nservice = \"b\"\nunit = \"web.service\"",
+            "workload[1]: the same rule as workload[0]",
+        ),
+        (
+            "[[workload]]\nservice = \"a\"\nuser = 1\n[[workload]]\nservice = \"b\"\nuser = 1",
+            "workload[1]: the same rule as workload[0]",
+        ),
+    ]);
+}
+
+#[test]
+fn a_unit_may_be_named_in_short() {
+    let rule = "[[workload]]\nservice = \"web\"\nunit = \"web\"";
+    let (_directory, path) = write(LEAST, &[("10.toml", rule)]);
+    let config = load(&path).unwrap();
+    let rules: Vec<_> = config.workloads.into_iter().map(|w| w.rule).collect();
+    assert_eq!(rules, [WorkloadRule::Unit("web.service".to_owned())]);
 }
 
 #[test]

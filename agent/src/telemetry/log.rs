@@ -3,8 +3,13 @@
 use std::{error::Error, fmt, io::IsTerminal as _};
 
 use tracing_subscriber::{
-    EnvFilter, Layer as _, Registry, filter::ParseError, fmt::layer, layer::SubscriberExt as _,
-    reload, util::SubscriberInitExt as _, util::TryInitError,
+    EnvFilter, Layer as _, Registry,
+    filter::{LevelFilter, ParseError},
+    fmt::layer,
+    layer::SubscriberExt as _,
+    reload,
+    util::SubscriberInitExt as _,
+    util::TryInitError,
 };
 
 /// How lines look.
@@ -21,15 +26,13 @@ pub enum LogFormat {
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
     /// The directives are not `level` or `target=level,...`.
-    #[error(
-        "log level {directives:?} is not understood: expected for example \"info\" or \"info,sidestep::relay=debug\""
-    )]
+    #[error("log filter {directives:?}")]
     Directives {
         /// What was given.
         directives: String,
         /// Where it went wrong.
         #[source]
-        source: ParseError,
+        source: FilterError,
     },
     /// There is a log already.
     #[error("the log is set up already")]
@@ -38,6 +41,22 @@ pub enum LogError {
     #[error("the log level cannot be changed any more")]
     Gone(#[source] reload::Error),
 }
+
+/// What is wrong with the directives of a filter.
+#[derive(Debug, thiserror::Error)]
+pub enum FilterError {
+    /// A target alone. To tracing it means everything of the target; here it is rather a level with a typing error.
+    #[error("no level in {directive:?}: expected {EXPECTED}")]
+    NoLevel {
+        /// The directive.
+        directive: String,
+    },
+    /// Anything else that tracing does not take.
+    #[error("not understood: expected {EXPECTED}")]
+    Syntax(#[source] ParseError),
+}
+
+const EXPECTED: &str = "off, error, warn, info, debug or trace, alone or behind a target, like \"info,sidestep::relay=debug\"";
 
 /// Changes the level of the running log.
 #[derive(Debug, Clone)]
@@ -52,7 +71,7 @@ impl LogHandle {
     /// [`LogError::Directives`] if they are not understood; nothing changes then. [`LogError::Gone`] at
     /// the end of the process.
     pub fn set(&self, directives: &str) -> Result<(), LogError> {
-        let filter = parse(directives)?;
+        let filter = parse_given(directives)?;
         self.filter.reload(filter).map_err(LogError::Gone)?;
         tracing::info!(directives, "log level changed");
         Ok(())
@@ -64,7 +83,7 @@ impl LogHandle {
 /// # Errors
 /// [`LogError::Directives`] if they are not understood, [`LogError::Twice`] at the second call.
 pub fn init(directives: &str, format: LogFormat) -> Result<LogHandle, LogError> {
-    let (filter, handle) = reload::Layer::new(parse(directives)?);
+    let (filter, handle) = reload::Layer::new(parse_given(directives)?);
     let lines = layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal());
@@ -80,13 +99,30 @@ pub fn init(directives: &str, format: LogFormat) -> Result<LogHandle, LogError> 
     Ok(LogHandle { filter: handle })
 }
 
-fn parse(directives: &str) -> Result<EnvFilter, LogError> {
+/// What `directives` let through: `level` or `target=level`, several with commas between them.
+///
+/// # Errors
+/// [`FilterError`] if one of them is neither.
+pub fn parse(directives: &str) -> Result<EnvFilter, FilterError> {
+    let has_level = |directive: &str| {
+        directive.contains('=')
+            || (!directive.is_empty() && directive.parse::<LevelFilter>().is_ok())
+    };
+    if let Some(directive) = directives.split(',').find(|one| !has_level(one)) {
+        return Err(FilterError::NoLevel {
+            directive: directive.to_owned(),
+        });
+    }
     EnvFilter::builder()
         .parse(directives)
-        .map_err(|source| LogError::Directives {
-            directives: directives.to_owned(),
-            source,
-        })
+        .map_err(FilterError::Syntax)
+}
+
+fn parse_given(directives: &str) -> Result<EnvFilter, LogError> {
+    parse(directives).map_err(|source| LogError::Directives {
+        directives: directives.to_owned(),
+        source,
+    })
 }
 
 /// Prints an error and its sources, separated by `: `.
@@ -127,10 +163,18 @@ mod tests {
 
     #[test]
     fn directives_are_checked() {
-        for good in ["info", "debug,hyper=warn", "off"] {
+        for good in ["info", "WARN", "debug,hyper=warn", "off"] {
             parse(good).unwrap();
         }
-        let error = parse("sidestep=loud").unwrap_err();
-        assert!(error.to_string().contains("sidestep=loud"), "{error}");
+        let table = [
+            ("loud", "no level in \"loud\": expected off, error"),
+            ("info,hyper", "no level in \"hyper\": expected"),
+            ("", "no level in \"\": expected"),
+            ("sidestep=loud", "not understood: expected off, error"),
+        ];
+        for (wrong, expected) in table {
+            let error = parse(wrong).unwrap_err().to_string();
+            assert!(error.starts_with(expected), "{wrong:?} gave {error:?}");
+        }
     }
 }
