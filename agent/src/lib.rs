@@ -21,6 +21,7 @@ pub mod accept;
 pub mod lifecycle;
 pub mod privileges;
 pub mod stable_hash;
+mod whole_number;
 pub mod cli;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]

@@ -141,6 +141,17 @@ pub struct IntentionMatch {
     pub name: Option<ServiceName>,
 }
 
+impl fmt::Display for IntentionMatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.namespace.as_deref() {
+            Some("default") => {}
+            Some(namespace) => write!(f, "{namespace}/")?,
+            None => f.write_str("*/")?,
+        }
+        f.write_str(self.name.as_ref().map_or("*", ServiceName::as_str))
+    }
+}
+
 /// What an intention answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -10,12 +10,13 @@ use std::{
 use ipnet::{Ipv4Net, Ipv6Net};
 use serde::{
     Deserialize, Deserializer,
-    de::{Error as _, Unexpected, Visitor},
+    de::{Error as _, Visitor},
 };
 
 use crate::{
     catalog::model::{InstanceId, IntentionAction, NodeName, ServiceName},
     identity::spiffe::TrustDomain,
+    whole_number::Whole,
 };
 
 #[derive(Debug, Deserialize)]
@@ -369,30 +370,13 @@ impl<T> Visitor<'_> for Text<T> {
 }
 
 fn port<'de, D: Deserializer<'de>>(from: D) -> Result<u16, D::Error> {
-    from.deserialize_i64(WholeNumber { most: u16::MAX })
+    Whole::deserialize(from).map(|Whole(port)| port)
 }
 
 fn count<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
-    from.deserialize_i64(WholeNumber { most: u32::MAX })
+    Whole::deserialize(from).map(|Whole(count)| count)
 }
 
 fn user<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u32>, D::Error> {
     count(from).map(Some)
-}
-
-/// A number from 0 to `most`, which is the type's greatest.
-struct WholeNumber<T> {
-    most: T,
-}
-
-impl<T: TryFrom<i64> + fmt::Display> Visitor<'_> for WholeNumber<T> {
-    type Value = T;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "a whole number from 0 to {}", self.most)
-    }
-
-    fn visit_i64<E: serde::de::Error>(self, number: i64) -> Result<T, E> {
-        T::try_from(number).map_err(|_outside| E::invalid_value(Unexpected::Signed(number), &self))
-    }
 }

@@ -163,10 +163,8 @@ impl fmt::Display for Reason {
                 precedence,
             } => write!(
                 f,
-                "intention {} {} => {} (precedence {precedence})",
-                word(*action),
-                Side(source),
-                Side(destination)
+                "intention {} {source} => {destination} (precedence {precedence})",
+                word(*action)
             ),
             Self::Default(action) => write!(f, "default {} (no intention matches)", word(*action)),
         }
@@ -177,19 +175,6 @@ fn word(action: IntentionAction) -> &'static str {
     match action {
         IntentionAction::Allow => "allow",
         IntentionAction::Deny => "deny",
-    }
-}
-
-struct Side<'a>(&'a IntentionMatch);
-
-impl fmt::Display for Side<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0.namespace.as_deref() {
-            Some(NAMESPACE) => {}
-            Some(namespace) => write!(f, "{namespace}/")?,
-            None => write!(f, "*/")?,
-        }
-        f.write_str(self.0.name.as_ref().map_or("*", ServiceName::as_str))
     }
 }
 

@@ -16,9 +16,12 @@ use super::{
     entries::{Definitions, Node, OldIntention, Service, ServiceDefaults, ServiceIntentions},
     format::{self, Format},
 };
-use crate::catalog::model::{
-    self, Health, Instance, Intention, IntentionAction, IntentionMatch, NodeName, ServiceName,
-    Weights,
+use crate::{
+    catalog::model::{
+        self, Health, Instance, Intention, IntentionAction, IntentionMatch, NodeName, ServiceName,
+        Weights,
+    },
+    whole_number::Whole,
 };
 
 /// What one file contributes to the snapshot.
@@ -163,9 +166,7 @@ fn registered(
     place: &Place,
     context: &FileContext,
 ) -> Result<Registered, String> {
-    if service.port == 0 {
-        return Err("port: 0: expected 1 to 65535".to_owned());
-    }
+    let port = port("port", service.port)?;
     let own = service.address.as_deref().filter(|text| !text.is_empty());
     let own = own.map(|text| address("address", text)).transpose()?;
     let reached_at = own.or(place.address).ok_or_else(|| {
@@ -175,10 +176,11 @@ fn registered(
         )
     })?;
     let sidecar = service.connect.and_then(|connect| connect.sidecar_service);
-    let sidecar_port = sidecar.as_ref().and_then(|sidecar| sidecar.port);
-    if sidecar_port == Some(0) {
-        return Err("connect.sidecar_service.port: 0: expected 1 to 65535".to_owned());
-    }
+    let sidecar_port = sidecar
+        .as_ref()
+        .and_then(|sidecar| sidecar.port)
+        .map(|given| self::port("connect.sidecar_service.port", given))
+        .transpose()?;
     let proxy = sidecar.and_then(|sidecar| sidecar.proxy);
     let local_address = match proxy
         .as_ref()
@@ -187,9 +189,10 @@ fn registered(
         Some(text) => address("connect.sidecar_service.proxy.local_service_address", text)?,
         None => IpAddr::V4(Ipv4Addr::LOCALHOST),
     };
-    let local_port = proxy
-        .and_then(|p| p.local_service_port)
-        .unwrap_or(service.port);
+    let local_port = match proxy.and_then(|p| p.local_service_port) {
+        Some(given) => self::port("connect.sidecar_service.proxy.local_service_port", given)?,
+        None => port,
+    };
     let (explicit_addresses, virtual_ports) = virtual_addresses(&service.tagged_addresses)?;
     let checks = service.check.0.iter().chain(&service.checks.0);
     let id = match service.id {
@@ -202,8 +205,8 @@ fn registered(
             .map_err(|error| format!("id: {error}"))?,
     };
     let weights = service.weights.map(|w| Weights {
-        passing: w.passing,
-        warning: w.warning,
+        passing: w.passing.0,
+        warning: w.warning.0,
     });
     Ok(Registered {
         service: service.name,
@@ -212,7 +215,7 @@ fn registered(
             node: place.node.clone(),
             tunnel: SocketAddr::new(reached_at, sidecar_port.unwrap_or(context.tunnel_port)),
             local: SocketAddr::new(local_address, local_port),
-            port: service.port,
+            port,
             tags: service.tags,
             meta: service.meta,
             health: checks
@@ -244,9 +247,16 @@ fn virtual_addresses(
         }
         addresses.push(parsed);
         // Consul writes port 0 for "any".
-        ports.extend(entry.port.filter(|port| *port != 0));
+        ports.extend(entry.port.map(|Whole(port)| port).filter(|port| *port != 0));
     }
     Ok((addresses, ports))
+}
+
+fn port(key: &str, Whole(port): Whole<u16>) -> Result<u16, String> {
+    if port == 0 {
+        return Err(format!("{key}: 0: expected 1 to 65535"));
+    }
+    Ok(port)
 }
 
 fn address(key: &str, text: &str) -> Result<IpAddr, String> {
@@ -339,9 +349,10 @@ fn service_defaults(
     }
     // Consul writes 0 for "not set".
     let nonzero = |n: &u32| *n != 0;
+    let most = entry.max_inbound_connections.map(|Whole(most)| most);
     let defaults = model::ServiceDefaults {
         protocol: entry.protocol.filter(|protocol| !protocol.is_empty()),
-        max_inbound_connections: entry.max_inbound_connections.filter(nonzero),
+        max_inbound_connections: most.filter(nonzero),
         local_connect_timeout: entry
             .local_connect_timeout_ms
             .filter(|ms| *ms != 0)

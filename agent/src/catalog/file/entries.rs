@@ -5,7 +5,10 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, de::IgnoredAny};
 use serde_json::Value;
 
-use crate::catalog::model::{Health, InstanceId, IntentionAction, NodeName, ServiceName};
+use crate::{
+    catalog::model::{Health, InstanceId, IntentionAction, NodeName, ServiceName},
+    whole_number::Whole,
+};
 
 /// Service definitions as Consul's agent reads them, with the node they are on.
 #[derive(Debug, Deserialize)]
@@ -34,7 +37,7 @@ pub(super) struct Service {
     #[serde(default)]
     pub(super) tags: Vec<String>,
     pub(super) address: Option<String>,
-    pub(super) port: u16,
+    pub(super) port: Whole<u16>,
     #[serde(default)]
     pub(super) meta: BTreeMap<String, String>,
     pub(super) weights: Option<Weights>,
@@ -56,13 +59,13 @@ pub(super) struct Service {
 #[serde(deny_unknown_fields)]
 pub(super) struct Weights {
     #[serde(default = "one")]
-    pub(super) passing: u32,
+    pub(super) passing: Whole<u32>,
     #[serde(default = "one")]
-    pub(super) warning: u32,
+    pub(super) warning: Whole<u32>,
 }
 
-fn one() -> u32 {
-    1
+fn one() -> Whole<u32> {
+    Whole(1)
 }
 
 /// Only the status counts: nobody runs the checks of a file.
@@ -76,7 +79,7 @@ pub(super) struct Check {
 #[serde(deny_unknown_fields)]
 pub(super) struct TaggedAddress {
     pub(super) address: String,
-    pub(super) port: Option<u16>,
+    pub(super) port: Option<Whole<u16>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -88,7 +91,7 @@ pub(super) struct Connect {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct SidecarService {
-    pub(super) port: Option<u16>,
+    pub(super) port: Option<Whole<u16>>,
     pub(super) proxy: Option<Proxy>,
 }
 
@@ -96,7 +99,7 @@ pub(super) struct SidecarService {
 #[serde(deny_unknown_fields)]
 pub(super) struct Proxy {
     pub(super) local_service_address: Option<String>,
-    pub(super) local_service_port: Option<u16>,
+    pub(super) local_service_port: Option<Whole<u16>>,
 }
 
 /// `service-intentions`
@@ -135,7 +138,7 @@ pub(super) struct Source {
 pub(super) struct ServiceDefaults {
     pub(super) name: ServiceName,
     pub(super) protocol: Option<String>,
-    pub(super) max_inbound_connections: Option<u32>,
+    pub(super) max_inbound_connections: Option<Whole<u32>>,
     pub(super) local_connect_timeout_ms: Option<u64>,
     #[serde(flatten)]
     pub(super) rest: BTreeMap<String, Value>,

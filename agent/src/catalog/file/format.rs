@@ -33,10 +33,11 @@ impl Format {
 /// A top-level list counts as that many documents, an empty document as none.
 pub(super) fn parse(format: Format, text: &str) -> Result<Vec<Value>, String> {
     let documents: Vec<Value> = match format {
-        Format::Yaml => serde_saphyr::from_multiple(text).map_err(|error| error.to_string())?,
+        Format::Yaml => serde_saphyr::from_multiple(text)
+            .map_err(|error| error.without_snippet().to_string())?,
         Format::Json if text.trim().is_empty() => Vec::new(),
         Format::Json => vec![serde_json::from_str(text).map_err(|error| error.to_string())?],
-        Format::Hcl => vec![hcl::from_str(text).map_err(|error| error.to_string())?],
+        Format::Hcl => vec![hcl::from_str(text).map_err(|error| hcl_error(&error))?],
     };
     let flattened = documents.into_iter().flat_map(|document| match document {
         Value::Array(documents) => documents,
@@ -47,6 +48,16 @@ pub(super) fn parse(format: Format, text: &str) -> Result<Vec<Value>, String> {
         }
     });
     Ok(flattened.map(snake_case_keys).collect())
+}
+
+/// On one line, as the log and `sidestep status` have it.
+fn hcl_error(error: &hcl::Error) -> String {
+    if let hcl::Error::Parse(error) = error {
+        let place = error.location();
+        let (line, column) = (place.line(), place.column());
+        return format!("{} at line {line}, column {column}", error.message());
+    }
+    error.to_string()
 }
 
 /// Consul takes `LocalServicePort` and `local_service_port` alike. The keys of `meta` are the user's own.

@@ -178,8 +178,8 @@ impl FileSource {
                     tell(
                         Severity::Error,
                         format!(
-                            "a second intention for the same source and destination ({:?} => {:?}) is left out",
-                            intention.source.name, intention.destination.name
+                            "a second intention {} => {} is left out",
+                            intention.source, intention.destination
                         ),
                     );
                 }

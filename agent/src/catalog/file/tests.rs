@@ -206,6 +206,14 @@ fn what_is_wrong_is_said_with_its_place() {
             "kind: service-intentions\nname: db\nsources: [{name: web}]",
             "either action or permissions",
         ),
+        (
+            "service: {name: web, port: 70000}",
+            "service: port: invalid value: integer `70000`, expected a whole number from 0 to 65535",
+        ),
+        (
+            "service: {name: web, port: 1, connect: {sidecar_service: {proxy: {local_service_port: 0}}}}",
+            "local_service_port: 0: expected 1 to 65535",
+        ),
         ("just text", "expected an object"),
         ("a: [", "; nothing of it holds"),
     ];
@@ -219,6 +227,31 @@ fn what_is_wrong_is_said_with_its_place() {
         };
         assert!(problem.contains(expected), "{text:?} gave {problem:?}");
         assert!(loaded.snapshot.services.is_empty());
+    }
+}
+
+#[test]
+fn a_file_that_cannot_be_parsed_is_told_on_one_line() {
+    let table = [
+        (
+            "x.yaml",
+            "name: web\nservice: [",
+            "unclosed bracket '[' at line 2, column 10; nothing of it holds",
+        ),
+        (
+            "x.hcl",
+            "service {\n  name = \"web\"\n",
+            "invalid block body; expected `}`, newline or identifier at line 2, column 16; nothing of it holds",
+        ),
+        (
+            "x.json",
+            "{\n  \"service\": [",
+            "EOF while parsing a list at line 2 column 14; nothing of it holds",
+        ),
+    ];
+    for (name, text, expected) in table {
+        let loaded = Directory::new(&[(name, text)]).source().load();
+        assert_eq!(only_problem(&loaded), expected);
     }
 }
 
@@ -283,7 +316,14 @@ fn the_first_file_to_claim_something_has_it() {
     let loaded = directory.source().load();
     assert_eq!(loaded.snapshot.intentions.len(), 1);
     assert_eq!(loaded.snapshot.intentions[0].action, IntentionAction::Deny);
-    assert_eq!(loaded.problems.len(), 2);
+    let messages: Vec<&str> = loaded.problems.iter().map(|p| p.message.as_str()).collect();
+    assert_eq!(
+        messages,
+        [
+            "id web on node here is taken by another service definition; this one is left out",
+            "a second intention a => web is left out"
+        ]
+    );
     assert!(
         loaded
             .problems
