@@ -51,8 +51,8 @@ pub enum TunnelError {
     /// The name to ask for is no host name.
     #[error("{0:?} cannot be sent as a TLS server name")]
     ServerName(String),
-    /// The certificate shows no identity.
-    #[error("the peer's certificate")]
+    /// The peer's certificate leads to a root, but is not that of the right service.
+    #[error("peer not accepted")]
     Peer(#[from] PeerIdentityError),
 }
 
@@ -66,6 +66,18 @@ impl TunnelError {
             | Self::Silent
             | Self::ServerName(_)
             | Self::Peer(_) => Stage::Handshake,
+        }
+    }
+
+    /// What a failed handshake says: if our own verifier ended it, its verdict, which rustls prints as code.
+    fn handshake(source: io::Error) -> Self {
+        let verdict = source
+            .get_ref()
+            .and_then(|inner| inner.downcast_ref())
+            .and_then(PeerIdentityError::within);
+        match verdict {
+            Some(verdict) => Self::Peer(verdict.clone()),
+            None => Self::Handshake(source),
         }
     }
 }
@@ -109,7 +121,7 @@ impl Dialled {
         match tokio::time::timeout(limit, connector.connect(name, self.0)).await {
             Ok(done) => done
                 .map(|tls| TunnelStream::new(tls.into()))
-                .map_err(TunnelError::Handshake),
+                .map_err(TunnelError::handshake),
             Err(_) => Err(TunnelError::HandshakeTimeout),
         }
     }
@@ -171,7 +183,7 @@ impl Incoming {
     ) -> Result<(TunnelStream, SpiffeId), TunnelError> {
         let handshake = self.start.into_stream(Arc::clone(tls.server_config()));
         let stream = match tokio::time::timeout_at(deadline, handshake).await {
-            Ok(done) => done.map_err(TunnelError::Handshake)?,
+            Ok(done) => done.map_err(TunnelError::handshake)?,
             Err(_) => return Err(TunnelError::HandshakeTimeout),
         };
         let peer = tls::peer_identity(stream.get_ref().1)?;

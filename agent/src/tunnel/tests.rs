@@ -22,6 +22,7 @@ use crate::{
     },
     lifecycle::Shutdown,
     relay::Endpoint as _,
+    telemetry::log::chain,
 };
 
 const LIMIT: Duration = Duration::from_secs(10);
@@ -168,7 +169,13 @@ async fn another_service_than_expected_is_refused() {
     let (listener, address) = listener().await;
     let expected = id("db");
     let (near, _far) = tokio::join!(dial(address, &web, &expected), take(&listener, &cache));
-    assert!(matches!(near, Err(TunnelError::Handshake(_))), "{near:?}");
+    assert_eq!(
+        chain(&near.unwrap_err()).to_string(),
+        format!(
+            "peer not accepted: the peer is {}, expected {expected}",
+            id("cache")
+        )
+    );
 }
 
 #[tokio::test]
