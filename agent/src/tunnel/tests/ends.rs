@@ -1,0 +1,136 @@
+//! How a tunnel ends: each direction on its own, cut short, or reset.
+
+use std::io::ErrorKind;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use super::*;
+use crate::relay::Endpoint as _;
+
+#[tokio::test]
+async fn each_direction_ends_on_its_own() {
+    for client_first in [true, false] {
+        let (client, server) = tunnel().await;
+        let (mut first, mut second) = if client_first {
+            (client, server)
+        } else {
+            (server, client)
+        };
+        first.write_all(b"question").await.unwrap();
+        first.shutdown().await.unwrap();
+        let mut question = String::new();
+        second.read_to_string(&mut question).await.unwrap();
+        assert_eq!(question, "question");
+
+        let answer = vec![7_u8; 1 << 20];
+        let (sent, received) = tokio::join!(
+            async {
+                second.write_all(&answer).await?;
+                second.shutdown().await
+            },
+            async {
+                let mut received = Vec::new();
+                first.read_to_end(&mut received).await.map(|_| received)
+            }
+        );
+        sent.unwrap();
+        assert!(received.unwrap() == answer);
+        // Both ends are ends, however often asked.
+        assert_eq!(first.read(&mut [0; 8]).await.unwrap(), 0);
+        assert_eq!(second.read(&mut [0; 8]).await.unwrap(), 0);
+        first.shutdown().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_stream_cut_short_is_an_error_not_an_end() {
+    let (mut client, mut server) = tunnel().await;
+    client.write_all(b"half a messa").await.unwrap();
+    client.flush().await.unwrap();
+    drop(client);
+    let mut received = Vec::new();
+    let error = server.read_to_end(&mut received).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::UnexpectedEof);
+    assert_eq!(received, b"half a messa");
+    let again = server.read(&mut [0; 8]).await.unwrap_err();
+    assert_eq!(again.kind(), ErrorKind::UnexpectedEof);
+}
+
+#[tokio::test]
+async fn an_abort_resets_the_peer() {
+    for after_shutdown in [false, true] {
+        let (mut client, mut server) = tunnel().await;
+        if after_shutdown {
+            client.shutdown().await.unwrap();
+            assert_eq!(server.read(&mut [0; 8]).await.unwrap(), 0);
+        }
+        client.abort();
+        drop(client);
+        let error = loop {
+            // After an end the reset shows on writing.
+            let step = if after_shutdown {
+                server.write_all(b"x").await
+            } else {
+                server.read(&mut [0; 8]).await.map(|_| ())
+            };
+            if let Err(error) = step {
+                break error;
+            }
+        };
+        assert!(
+            matches!(
+                error.kind(),
+                ErrorKind::ConnectionReset | ErrorKind::BrokenPipe
+            ),
+            "{error:?}"
+        );
+        assert!(
+            after_shutdown || error.kind() == ErrorKind::ConnectionReset,
+            "{error:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_reset_shows_to_one_who_does_not_read() {
+    let (mut client, server) = tunnel().await;
+    let mut server = server;
+    assert!(server.pending_error().is_none());
+    client.abort();
+    drop(client);
+    let seen = async {
+        loop {
+            if let Some(error) = server.pending_error() {
+                return error;
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    let error = tokio::time::timeout(LIMIT, seen).await.unwrap();
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+}
+
+#[tokio::test]
+async fn a_reader_that_pauses_holds_the_writer_back() {
+    let (mut client, mut server) = tunnel().await;
+    let chunk = vec![1_u8; 64 << 10];
+    let mut written = 0;
+    // Fill everything there is between the two.
+    while tokio::time::timeout(Duration::from_millis(200), client.write_all(&chunk))
+        .await
+        .is_ok()
+    {
+        written += chunk.len();
+        assert!(written < 64 << 20, "nothing held the writer back");
+    }
+    // What was taken is on its way once flushed, although the last write was given up.
+    let mut received = 0;
+    let mut into = vec![0; 64 << 10];
+    let reading = async {
+        while received < written {
+            received += server.read(&mut into).await.unwrap();
+        }
+    };
+    let ((), flushed) = tokio::join!(reading, client.flush());
+    flushed.unwrap();
+}
