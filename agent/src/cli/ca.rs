@@ -8,10 +8,11 @@ use super::output;
 use crate::{
     catalog::model::NodeName,
     identity::{
-        ca::{self, CaFiles, CertificateSummary},
+        ca::{self, CaError, CaFileError, CaFiles, CertificateSummary},
         clock::SystemClock,
         spiffe::TrustDomain,
     },
+    telemetry::timestamp::Timestamp,
 };
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -59,41 +60,69 @@ pub(super) struct IntermediateArgs {
     /// Encrypt the new key with the passphrase in this file.
     #[arg(long, value_name = "FILE")]
     passphrase_file: Option<PathBuf>,
-    /// For how long it may sign.
-    #[arg(long, value_name = "DAYS", default_value_t = 365)]
+    /// For how long it may sign; not longer than the root.
+    #[arg(long, value_name = "DAYS", default_value_t = 365, value_parser = clap::value_parser!(u32).range(1..=3650))]
     days: u32,
 }
 
 /// Makes and shows certificate authorities.
 pub(super) fn ca(command: CaCommand) -> ExitCode {
     let shown = match command {
-        CaCommand::Init(args) => {
-            if let Err(error) = std::fs::create_dir_all(&args.directory) {
-                return output::failed(&error);
-            }
-            let files = files(&args.directory, "root", args.passphrase_file);
-            ca::init(&args.trust_domain, &files, &SystemClock).map(|summary| vec![summary])
-        }
-        CaCommand::Intermediate(args) => {
-            let issuer = files(&args.directory, "root", args.root_passphrase_file);
-            let own = files(&args.directory, args.node.as_str(), args.passphrase_file);
-            let life = DAY.saturating_mul(args.days);
-            ca::intermediate(
-                &args.trust_domain,
-                &issuer,
-                &args.node,
-                &own,
-                life,
-                &SystemClock,
-            )
-            .map(|summary| vec![summary])
-        }
-        CaCommand::Show { file } => ca::show(&file),
+        CaCommand::Init(args) => init(args).map(|made| vec![made]).map_err(failed),
+        CaCommand::Intermediate(args) => intermediate(args).map(|made| vec![made]),
+        CaCommand::Show { file } => ca::show(&file).map_err(failed),
     };
     match shown {
         Ok(summaries) => output::print(&summaries.iter().map(line).collect::<String>()),
-        Err(error) => output::failed(&error),
+        Err(code) => code,
     }
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "the form of map_err")]
+fn failed(error: CaError) -> ExitCode {
+    output::failed(&error)
+}
+
+fn init(args: InitArgs) -> Result<CertificateSummary, CaError> {
+    std::fs::create_dir_all(&args.directory).map_err(|source| CaFileError::Write {
+        path: args.directory.clone(),
+        source,
+    })?;
+    let files = files(&args.directory, "root", args.passphrase_file);
+    ca::init(&args.trust_domain, &files, &SystemClock)
+}
+
+fn intermediate(args: IntermediateArgs) -> Result<CertificateSummary, ExitCode> {
+    let issuer = files(&args.directory, "root", args.root_passphrase_file);
+    let root = ca::show(&issuer.certificate).map_err(failed)?;
+    // A root that was made elsewhere may name no trust domain.
+    if let Some(uri) = root.into_iter().find_map(|root| root.uri)
+        && uri != format!("spiffe://{}", args.trust_domain)
+    {
+        output::complain(&format!(
+            "--trust-domain {}: {} is the root of {uri}",
+            args.trust_domain,
+            issuer.certificate.display()
+        ));
+        return Err(ExitCode::from(super::USAGE));
+    }
+    let made = ca::intermediate(
+        &args.trust_domain,
+        &issuer,
+        &args.node,
+        &files(&args.directory, args.node.as_str(), args.passphrase_file),
+        DAY.saturating_mul(args.days),
+        &SystemClock,
+    );
+    made.map_err(|error| {
+        // The error speaks of the agent's configuration.
+        let CaError::File(CaFileError::PassphraseMissing { path }) = &error else {
+            return failed(error);
+        };
+        let path = path.display();
+        output::complain(&format!("{path} is encrypted: give --root-passphrase-file"));
+        ExitCode::FAILURE
+    })
 }
 
 fn files(directory: &std::path::Path, name: &str, passphrase_file: Option<PathBuf>) -> CaFiles {
@@ -113,7 +142,7 @@ fn line(summary: &CertificateSummary) -> String {
         summary.issuer,
         summary.serial,
         summary.uri.as_deref().unwrap_or("-"),
-        summary.not_before,
-        summary.not_after,
+        Timestamp(summary.not_before.into()),
+        Timestamp(summary.not_after.into()),
     )
 }

@@ -5,11 +5,16 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
 use clap::Args;
 
 use super::{load_config, output};
-use crate::datapath::probe::{self, Finding, Scope, Status};
+use crate::{
+    config::Config,
+    datapath::probe::{self, Finding, Scope, Status},
+    node,
+    telemetry::{log::chain, timestamp::Timestamp},
+};
 
 #[derive(Debug, Args)]
 pub(super) struct CheckArgs {
-    /// Also check what this configuration needs: its cgroups and ports.
+    /// Also check what this configuration needs: its cgroups, ports and certificates.
     #[arg(long, short, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Print JSON.
@@ -19,26 +24,12 @@ pub(super) struct CheckArgs {
 
 /// Looks at this host. Fails if the agent could not run.
 pub(super) fn check(args: &CheckArgs) -> ExitCode {
-    let scope = match &args.config {
-        None => Scope::default(),
-        Some(path) => match load_config(path) {
-            Ok(config) => Scope {
-                cgroups: config.capture.cgroups,
-                agent_cgroup: config.agent.cgroup,
-                pin_directory: config.capture.pin_directory,
-                addresses: [
-                    Some(SocketAddr::from(([127, 0, 0, 1], config.capture.port))),
-                    Some(SocketAddr::new(config.tunnel.listen, config.tunnel.port)),
-                    config.telemetry.metrics,
-                ]
-                .into_iter()
-                .flatten()
-                .collect(),
-            },
-            Err(code) => return code,
-        },
+    let config = match args.config.as_deref().map(load_config).transpose() {
+        Ok(config) => config,
+        Err(code) => return code,
     };
-    let findings = probe::run(&scope);
+    let mut findings = probe::run(&config.as_ref().map(scope).unwrap_or_default());
+    findings.extend(config.as_ref().map(certificate_authority));
     let printed = if args.json {
         output::print_json(&findings)
     } else {
@@ -51,6 +42,37 @@ pub(super) fn check(args: &CheckArgs) -> ExitCode {
         return ExitCode::FAILURE;
     }
     printed
+}
+
+fn scope(config: &Config) -> Scope {
+    let addresses = [
+        Some(SocketAddr::from(([127, 0, 0, 1], config.capture.port))),
+        Some(SocketAddr::new(config.tunnel.listen, config.tunnel.port)),
+        config.telemetry.metrics,
+    ];
+    Scope {
+        cgroups: config.capture.cgroups.clone(),
+        agent_cgroup: config.agent.cgroup.clone(),
+        pin_directory: config.capture.pin_directory.clone(),
+        addresses: addresses.into_iter().flatten().collect(),
+    }
+}
+
+fn certificate_authority(config: &Config) -> Finding {
+    let path = config.identity.ca.certificate.display();
+    let (status, detail) = match node::certificate_authority(config) {
+        Ok(ca) => {
+            let until = Timestamp(ca.summary().not_after.into());
+            (Status::Ok, format!("{path}, valid until {until}"))
+        }
+        Err(error) => (Status::Fail, chain(&error).to_string()),
+    };
+    Finding {
+        name: "certificate authority".to_owned(),
+        status,
+        detail,
+        advice: String::new(),
+    }
 }
 
 fn render(findings: &[Finding]) -> String {

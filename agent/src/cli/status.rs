@@ -1,6 +1,6 @@
 //! `sidestep status`
 
-use std::{path::PathBuf, process::ExitCode, time::SystemTime};
+use std::{path::PathBuf, process::ExitCode};
 
 use clap::Args;
 
@@ -133,7 +133,7 @@ fn sections(status: &Status, text: &mut String) {
         status.certificates.iter().map(|certificate| {
             let expires = certificate.not_after.map_or_else(
                 || "none yet".to_owned(),
-                |not_after| format!("expires in {}", span(seconds_until(not_after))),
+                |not_after| expiry(Timestamp::now(), not_after),
             );
             let error = certificate.last_error.clone().unwrap_or_default();
             vec![certificate.identity.clone(), expires, error]
@@ -177,11 +177,11 @@ fn section(text: &mut String, title: &str, rows: impl Iterator<Item = Vec<String
     }
 }
 
-fn seconds_until(then: Timestamp) -> u64 {
-    then.0
-        .duration_since(SystemTime::now())
-        .unwrap_or_default()
-        .as_secs()
+fn expiry(now: Timestamp, not_after: Timestamp) -> String {
+    match now.until(not_after).as_secs() {
+        0 => "expired".to_owned(),
+        left => format!("expires in {}", span(left)),
+    }
 }
 
 /// A duration in its two largest units.
@@ -197,7 +197,18 @@ fn span(seconds: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::span;
+    use std::time::{Duration, SystemTime};
+
+    use super::{Timestamp, expiry, span};
+
+    #[test]
+    fn what_has_expired_does_not_expire_in_a_while() {
+        let now = SystemTime::now();
+        let at = |moment| expiry(Timestamp(now), Timestamp(moment));
+        assert_eq!(at(now + Duration::from_secs(61)), "expires in 1 min 1 s");
+        assert_eq!(at(now), "expired");
+        assert_eq!(at(now - Duration::from_secs(61)), "expired");
+    }
 
     #[test]
     fn spans_show_two_units() {

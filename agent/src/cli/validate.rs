@@ -1,11 +1,16 @@
 //! `sidestep validate`
 
-use std::{path::Path, process::ExitCode};
+use std::{path::Path, process::ExitCode, time::Duration};
 
 use super::{load_config, output};
 use crate::{
-    catalog::file::{FileSource, Severity},
+    catalog::{
+        file::{FileSource, Severity},
+        store::CatalogStore,
+        vip::VipAllocator,
+    },
     node,
+    telemetry::log::chain,
 };
 
 /// Reads configuration and catalog as the agent would, and says what is wrong with them.
@@ -23,6 +28,12 @@ pub(super) fn validate(path: &Path) -> ExitCode {
     for problem in &loaded.problems {
         wrong |= problem.severity == Severity::Error;
         output::complain(&problem.to_string());
+    }
+    // The addresses of this catalog alone: those given out before are the running agent's.
+    let (allocator, _no_file) = VipAllocator::new(node::vip_pools(&config), None, Duration::ZERO);
+    for problem in CatalogStore::new(allocator).publish(loaded.snapshot.clone()) {
+        wrong = true;
+        output::complain(&chain(&problem).to_string());
     }
     if wrong {
         return ExitCode::FAILURE;

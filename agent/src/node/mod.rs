@@ -7,7 +7,7 @@ mod follow;
 mod start;
 mod status;
 
-pub(crate) use start::file_context;
+pub(crate) use start::{certificate_authority, file_context, vip_pools};
 
 use std::{path::PathBuf, sync::Arc, time::SystemTime};
 

@@ -184,14 +184,18 @@ fn telemetry(config: &Config) -> Result<Telemetry, NodeError> {
     Ok(Telemetry::new(metrics, Arc::new(access_log)))
 }
 
-fn catalog(config: &Config) -> (Arc<CatalogStore>, FileSource, Loaded) {
-    let pools = VipPools {
+/// Where virtual addresses are taken from.
+pub(crate) fn vip_pools(config: &Config) -> VipPools {
+    VipPools {
         ipv4: config.capture.ipv4_range,
         ipv6: config.capture.ipv6_range,
-    };
+    }
+}
+
+fn catalog(config: &Config) -> (Arc<CatalogStore>, FileSource, Loaded) {
     let state_file = config.node.state_dir.join("virtual-addresses.json");
     let quarantine = config.catalog.vip_quarantine;
-    let (allocator, damaged) = VipAllocator::new(pools, Some(state_file), quarantine);
+    let (allocator, damaged) = VipAllocator::new(vip_pools(config), Some(state_file), quarantine);
     if let Some(problem) = damaged {
         tracing::error!(problem = %chain(&problem), "virtual addresses follow from names again");
     }
@@ -250,7 +254,8 @@ pub(super) fn ca_files(config: &Config) -> CaFiles {
     }
 }
 
-fn certificate_authority(config: &Config) -> Result<Arc<BuiltinCa>, NodeError> {
+/// The CA of `[identity.ca]`, if its files can be used.
+pub(crate) fn certificate_authority(config: &Config) -> Result<Arc<BuiltinCa>, NodeError> {
     let identity = &config.identity;
     let ca = BuiltinCa::load(
         &ca_files(config),
