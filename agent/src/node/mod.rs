@@ -110,7 +110,26 @@ pub async fn run(path: PathBuf, config: Config, log: LogHandle) -> Result<(), No
     Ok(())
 }
 
-/// Lines for people out of a file catalog's problems.
+/// Lines for people out of a file catalog's problems. Notes are none: what has no effect needs no repair.
 fn problem_lines(problems: &[file::Problem]) -> Vec<String> {
-    problems.iter().map(ToString::to_string).collect()
+    let errors = problems
+        .iter()
+        .filter(|problem| problem.severity == file::Severity::Error);
+    errors.map(ToString::to_string).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_note_is_no_problem() {
+        let [error, note] =
+            [file::Severity::Error, file::Severity::Note].map(|severity| file::Problem {
+                file: "/catalog/x.yaml".into(),
+                severity,
+                message: "said".to_owned(),
+            });
+        assert_eq!(problem_lines(&[note, error]), ["/catalog/x.yaml: said"]);
+    }
 }
