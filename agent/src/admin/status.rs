@@ -29,6 +29,8 @@ pub struct Status {
     pub catalog: CatalogStatus,
     /// Every service and where it is called.
     pub services: Vec<ServiceStatus>,
+    /// What signs certificates on this node.
+    pub authority: AuthorityStatus,
     /// Certificates of local workloads.
     pub certificates: Vec<CertificateStatus>,
     /// How many connections it carries.
@@ -82,11 +84,26 @@ pub struct ServiceStatus {
     pub available: usize,
 }
 
+/// The built-in certificate authority.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuthorityStatus {
+    /// The subject of the certificate that signs.
+    pub subject: String,
+    /// Until when it may.
+    pub not_after: Timestamp,
+    /// The subjects of the roots that are trusted.
+    pub roots: Vec<String>,
+    /// Why the last reload did not take over its files, until one does.
+    pub problem: Option<String>,
+}
+
 /// A workload's certificate.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CertificateStatus {
     /// The SPIFFE id in it.
     pub identity: String,
+    /// The subject of the certificate that signed it; `None` if there is none yet.
+    pub issuer: Option<String>,
     /// Until when it is good; `None` if there is none yet.
     pub not_after: Option<Timestamp>,
     /// When the next one is asked for.

@@ -95,6 +95,16 @@ fn summary(status: &Status) -> String {
     for problem in &catalog.problems {
         text.push_str(&format!("  problem: {problem}\n"));
     }
+    let authority = &status.authority;
+    text.push_str(&format!(
+        "authority: {}, expires in {}, trusts {}\n",
+        authority.subject,
+        span(seconds_until(authority.not_after)),
+        authority.roots.join(" and ")
+    ));
+    if let Some(problem) = &authority.problem {
+        text.push_str(&format!("  problem: {problem}\n"));
+    }
     text
 }
 
@@ -136,7 +146,14 @@ fn sections(status: &Status, text: &mut String) {
                 |not_after| expiry(Timestamp::now(), not_after),
             );
             let error = certificate.last_error.clone().unwrap_or_default();
-            vec![certificate.identity.clone(), expires, error]
+            let issuer = certificate.issuer.as_deref();
+            let issuer = issuer.map(|issuer| format!("by {issuer}"));
+            vec![
+                certificate.identity.clone(),
+                expires,
+                issuer.unwrap_or_default(),
+                error,
+            ]
         }),
     );
     section(

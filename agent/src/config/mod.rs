@@ -285,7 +285,8 @@ impl Config {
     /// The tables in which `new` differs and that only a restart changes.
     ///
     /// Everything else is taken over by a reload: `[[workload]]`, `[policy]`, `[limits]` but for
-    /// `max_connections`, the timeouts of `[tunnel]`, `telemetry.log`, `capture.debug`.
+    /// `max_connections`, the timeouts of `[tunnel]`, `[identity]` but for `trust_domain`, `telemetry.log`,
+    /// `capture.debug`.
     pub fn needs_restart(&self, new: &Self) -> Vec<&'static str> {
         let capture = |c: &CaptureConfig| CaptureConfig {
             debug: false,
@@ -300,7 +301,10 @@ impl Config {
             ("agent", self.agent != new.agent),
             ("capture", capture(&self.capture) != capture(&new.capture)),
             ("catalog", self.catalog != new.catalog),
-            ("identity", self.identity != new.identity),
+            (
+                "identity.trust_domain",
+                self.identity.trust_domain != new.identity.trust_domain,
+            ),
             (
                 "tunnel.listen or tunnel.port",
                 (self.tunnel.listen, self.tunnel.port) != (new.tunnel.listen, new.tunnel.port),

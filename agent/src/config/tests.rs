@@ -284,6 +284,14 @@ fn only_what_cannot_be_reloaded_needs_a_restart() {
     };
     assert_eq!(changed("[policy]\ndefault = \"allow\""), Vec::<&str>::new());
     assert_eq!(changed("[telemetry]\nlog = \"debug\""), Vec::<&str>::new());
+    assert_eq!(
+        changed("[identity]\nleaf_ttl = \"1h\"\n[identity.ca]\nkey = \"/new/key.pem\""),
+        Vec::<&str>::new()
+    );
+    assert_eq!(
+        changed("[identity]\ntrust_domain = \"other.test\""),
+        ["identity.trust_domain"]
+    );
     assert_eq!(changed("[capture]\nport = 15002"), ["capture"]);
     assert_eq!(
         changed("[limits]\nmax_connections = 7"),

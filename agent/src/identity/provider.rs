@@ -29,8 +29,17 @@ pub trait CertificateProvider: fmt::Debug + Send + Sync + 'static {
     /// Makes a new key and a certificate for it. The caller sets the deadline and may drop the future.
     fn issue<'a>(&'a self, identity: &'a SpiffeId) -> BoxFuture<'a, Result<Leaf, IssueError>>;
 
-    /// The roots to trust, now and after each rotation.
-    fn roots(&self) -> watch::Receiver<Arc<TrustBundle>>;
+    /// Whom to trust and who issues, now and after each rotation.
+    fn trust(&self) -> watch::Receiver<Trust>;
+}
+
+/// What an authority stands for at one moment.
+#[derive(Debug, Clone)]
+pub struct Trust {
+    /// Every root to trust: during a rotation the old and the new.
+    pub roots: Arc<TrustBundle>,
+    /// The number of what issues now. Another one means that leaves are to be renewed soon, good as they may be.
+    pub issuer: u64,
 }
 
 /// A certificate of a service with its key, which lives in memory only and is wiped when dropped.
@@ -43,6 +52,8 @@ pub struct Leaf {
     pub not_before: SystemTime,
     /// Until when it is valid, as the certificate says.
     pub not_after: SystemTime,
+    /// The subject of the certificate that signed it, for people.
+    pub issuer: String,
 }
 
 impl fmt::Debug for Leaf {
@@ -55,7 +66,7 @@ impl fmt::Debug for Leaf {
     }
 }
 
-/// Every root that is trusted at one moment: during a rotation the old and the new.
+/// The anchors of one trust domain.
 #[derive(Debug, Clone)]
 pub struct TrustBundle {
     trust_domain: TrustDomain,

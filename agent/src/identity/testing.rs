@@ -111,6 +111,7 @@ impl TestCa {
             ))),
             not_before,
             not_after,
+            issuer: "a CA of the tests".to_owned(),
         }
     }
 

@@ -17,7 +17,7 @@ use tokio::{
 use super::{Node, start};
 use crate::{
     catalog::model::IntentionAction,
-    config::{self, Config},
+    config::{self, Config, IdentityConfig},
     datapath::{NetnsCookie, Undesired},
     inbound::{listeners::TunnelListeners, targets::Targets},
     policy::Intentions,
@@ -200,7 +200,9 @@ impl Follower {
             tracing::warn!(table, "changed in the configuration, but takes a restart");
         }
         // What takes a restart stays as it runs, also in what we say of ourselves.
+        let identity = self.reload_authority(&old.identity, new.identity);
         let merged = Config {
+            identity,
             workloads: new.workloads,
             policy: new.policy,
             limits: config::LimitsConfig {
@@ -239,12 +241,28 @@ impl Follower {
         if let Err(error) = node.datapath.set_debug(merged.capture.debug) {
             tracing::error!(error = %chain(&error), "capture.debug not changed");
         }
-        if let Err(error) = node.ca.reload_roots(&start::ca_files(&merged)) {
-            tracing::error!(error = %chain(&error), "roots not reloaded: those from before stay");
-        }
         node.config.store(Arc::new(merged));
         self.follow_namespaces();
         self.apply_catalog();
         tracing::info!("configuration reloaded");
+    }
+
+    /// Reads the certificate authority again, also if its paths are the same. Returns what is in force now.
+    fn reload_authority(&self, old: &IdentityConfig, new: IdentityConfig) -> IdentityConfig {
+        if new.trust_domain != old.trust_domain {
+            // That takes a restart, and its authority would come too early.
+            return old.clone();
+        }
+        let reloaded = self.node.ca.reload(&start::ca_files(&new.ca), new.leaf_ttl);
+        let problem = reloaded.err().map(|error| chain(&error).to_string());
+        if let Some(error) = &problem {
+            tracing::error!(
+                error,
+                "certificate authority not reloaded: the one from before stays"
+            );
+        }
+        let failed = problem.is_some();
+        *self.node.ca_problem.lock() = problem;
+        if failed { old.clone() } else { new }
     }
 }

@@ -62,6 +62,8 @@ struct Node {
     catalog_problems: Mutex<Vec<String>>,
     policy: Arc<PolicyStore>,
     ca: Arc<BuiltinCa>,
+    /// Why the authority's files were not taken over by the last reload.
+    ca_problem: Mutex<Option<String>>,
     certificates: Certificates,
     datapath: Arc<Datapath>,
     connections: Arc<Connections>,

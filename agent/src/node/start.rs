@@ -17,7 +17,7 @@ use crate::{
         store::CatalogStore,
         vip::{VipAllocator, VipPools},
     },
-    config::{Config, WorkloadConfig, WorkloadRule},
+    config::{CaConfig, Config, WorkloadConfig, WorkloadRule},
     connections::Connections,
     datapath::{Datapath, DatapathSettings, VipRanges, cgroup::Cgroup2, pins::PinDirectory},
     identity::{
@@ -120,6 +120,7 @@ pub(super) async fn start(
         catalog_problems: Mutex::new(problem_lines(&loaded.problems)),
         policy,
         ca,
+        ca_problem: Mutex::default(),
         certificates,
         datapath,
         connections,
@@ -244,8 +245,7 @@ fn watch_catalog(node: &Arc<Node>, source: FileSource, loaded: Loaded) {
 }
 
 /// `[identity.ca]` as the CA takes it.
-pub(super) fn ca_files(config: &Config) -> CaFiles {
-    let ca = &config.identity.ca;
+pub(super) fn ca_files(ca: &CaConfig) -> CaFiles {
     CaFiles {
         certificate: ca.certificate.clone(),
         key: ca.key.clone(),
@@ -258,7 +258,7 @@ pub(super) fn ca_files(config: &Config) -> CaFiles {
 pub(crate) fn certificate_authority(config: &Config) -> Result<Arc<BuiltinCa>, NodeError> {
     let identity = &config.identity;
     let ca = BuiltinCa::load(
-        &ca_files(config),
+        &ca_files(&identity.ca),
         identity.trust_domain.clone(),
         identity.leaf_ttl,
         Arc::new(SystemClock),

@@ -7,8 +7,8 @@ use crate::{
     admin::{
         StatusSource,
         status::{
-            AttachmentStatus, CatalogStatus, CertificateStatus, ConnectionCounts, ConnectionStatus,
-            ListenerStatus, ServiceStatus, Status, WorkloadStatus,
+            AttachmentStatus, AuthorityStatus, CatalogStatus, CertificateStatus, ConnectionCounts,
+            ConnectionStatus, ListenerStatus, ServiceStatus, Status, WorkloadStatus,
         },
     },
     catalog::{model::Snapshot, store::Catalog},
@@ -55,6 +55,7 @@ impl StatusSource for Operators {
                 .collect(),
             catalog: catalog_status(node),
             services: services(&node.catalog.current()),
+            authority: authority(node),
             certificates: certificates(node),
             connections: ConnectionCounts {
                 live_outbound: node.connections.admitted(Direction::Outbound),
@@ -165,11 +166,23 @@ fn instances(snapshot: &Snapshot) -> usize {
         .sum()
 }
 
+fn authority(node: &Node) -> AuthorityStatus {
+    let summary = node.ca.summary();
+    let roots = node.ca.roots().into_iter();
+    AuthorityStatus {
+        subject: summary.subject,
+        not_after: Timestamp(summary.not_after.into()),
+        roots: roots.map(|root| root.subject).collect(),
+        problem: node.ca_problem.lock().clone(),
+    }
+}
+
 fn certificates(node: &Node) -> Vec<CertificateStatus> {
     let status = node.certificates.status().into_iter();
     status
         .map(|certificate| CertificateStatus {
             identity: certificate.identity.to_string(),
+            issuer: certificate.issuer,
             not_after: certificate.not_after.map(Timestamp),
             renew_at: certificate.renew_at.map(Timestamp),
             last_error: certificate

@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 use super::{
     super::{
         client::{self, ClientError},
-        status::{CatalogStatus, ConnectionCounts},
+        status::{AuthorityStatus, CatalogStatus, ConnectionCounts},
     },
     *,
 };
@@ -37,6 +37,12 @@ fn example() -> Status {
             problems: vec!["web.hcl: line 3: expected }".to_owned()],
         },
         services: vec![],
+        authority: AuthorityStatus {
+            subject: "CN=Sidestep CA 5ca1ab1e a".to_owned(),
+            not_after: Timestamp(std::time::UNIX_EPOCH + Duration::from_secs(1_800_000_000)),
+            roots: vec!["CN=Sidestep CA 00c0ffee root".to_owned()],
+            problem: None,
+        },
         certificates: vec![],
         connections: ConnectionCounts::default(),
         listeners: vec![],

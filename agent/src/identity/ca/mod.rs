@@ -15,9 +15,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use arc_swap::ArcSwap;
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyPair, KeyUsagePurpose, SanType,
+    Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SignatureAlgorithm, SigningKey,
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use time::OffsetDateTime;
@@ -29,7 +30,9 @@ pub use files::{CaFileError, Passphrase};
 
 use super::{
     clock::Clock,
-    provider::{BoxFuture, CertificateProvider, IssueError, Leaf, TrustBundle, TrustBundleError},
+    provider::{
+        BoxFuture, CertificateProvider, IssueError, Leaf, Trust, TrustBundle, TrustBundleError,
+    },
     spiffe::{SpiffeId, SpiffeIdError, TrustDomain},
     workload_tls::WorkloadTls,
 };
@@ -149,14 +152,13 @@ fn write_ca(files: &CaFiles, certificate_pem: &str, key: &KeyPair) -> Result<(),
 
 /// A root or an intermediate that issues the leaves of one node.
 ///
-/// Files are read once, by [`BuiltinCa::load`], and again by [`BuiltinCa::reload_roots`].
+/// Files are read by [`BuiltinCa::load`], and again by [`BuiltinCa::reload`].
 #[derive(Debug)]
 pub struct BuiltinCa {
-    authority: Authority,
+    issuing: ArcSwap<Issuing>,
     trust_domain: TrustDomain,
-    leaf_life: Duration,
     clock: Arc<dyn Clock>,
-    roots: watch::Sender<Arc<TrustBundle>>,
+    trust: watch::Sender<Trust>,
 }
 
 impl BuiltinCa {
@@ -171,53 +173,61 @@ impl BuiltinCa {
         leaf_life: Duration,
         clock: Arc<dyn Clock>,
     ) -> Result<Self, CaError> {
-        let authority = Authority::read(files)?;
-        authority.check_validity(clock.now())?;
-        let bundle = Arc::new(authority.read_roots(files, &trust_domain)?);
-        let ca = Self {
-            authority,
+        let (issuing, roots) = Issuing::read(files, &trust_domain, leaf_life, &clock)?;
+        Ok(Self {
+            issuing: ArcSwap::from_pointee(issuing),
             trust_domain,
-            leaf_life,
             clock,
-            roots: watch::Sender::new(Arc::clone(&bundle)),
-        };
-        ca.check_leaves_verify(bundle)?;
-        Ok(ca)
+            trust: watch::Sender::new(Trust {
+                roots: Arc::new(roots),
+                issuer: 0,
+            }),
+        })
     }
 
-    /// Reads the roots again. Certificates in use are put under the new ones; leaves that none of them
-    /// signed are issued anew.
+    /// Reads everything again. Certificates in use are put under the new roots at once; if another certificate
+    /// signs from now on they are renewed soon. `leaf_life` is that of leaves to come.
     ///
     /// # Errors
-    /// As [`BuiltinCa::load`]; the roots from before stay.
-    pub fn reload_roots(&self, files: &CaFiles) -> Result<(), CaError> {
-        let bundle = Arc::new(self.authority.read_roots(files, &self.trust_domain)?);
-        self.check_leaves_verify(Arc::clone(&bundle))?;
-        let changed = self.roots.borrow().certificates() != bundle.certificates();
-        if changed {
-            self.roots.send_replace(bundle);
-        }
+    /// As [`BuiltinCa::load`]; all stays as it was.
+    pub fn reload(&self, files: &CaFiles, leaf_life: Duration) -> Result<(), CaError> {
+        let (new, roots) = Issuing::read(files, &self.trust_domain, leaf_life, &self.clock)?;
+        let summary = new.authority.summary.clone();
+        let replaced = new.authority.chain != self.issuing.load().authority.chain;
+        // Before its number is published: who sees the number gets leaves of the new authority.
+        self.issuing.store(Arc::new(new));
+        self.trust.send_if_modified(|trust| {
+            let changed = replaced || trust.roots.certificates() != roots.certificates();
+            if changed {
+                tracing::info!(
+                    subject = summary.subject,
+                    not_after = %summary.not_after,
+                    roots = roots.certificates().len(),
+                    replaced,
+                    "certificate authority changed"
+                );
+                trust.issuer += u64::from(replaced);
+                trust.roots = Arc::new(roots);
+            }
+            changed
+        });
         Ok(())
     }
 
-    /// What the CA's own certificate says.
-    pub fn summary(&self) -> &CertificateSummary {
-        &self.authority.summary
+    /// What the certificate that signs now says.
+    pub fn summary(&self) -> CertificateSummary {
+        self.issuing.load().authority.summary.clone()
     }
 
-    /// Issues a leaf that nobody gets and checks it as a peer would that trusts `bundle`.
-    fn check_leaves_verify(&self, bundle: Arc<TrustBundle>) -> Result<(), CaError> {
-        let failed = |source| CaError::LeavesDoNotVerify {
-            path: self.authority.path.clone(),
-            source: Box::new(source),
-        };
-        let identity = format!("{}/ns/default/dc/check/svc/check", self.trust_domain.uri())
-            .parse::<SpiffeId>()
-            .map_err(|source| CaError::TrustDomain { source })?;
-        let leaf = self.issue_now(&identity).map_err(failed)?;
-        WorkloadTls::new(identity, &leaf, bundle, Arc::clone(&self.clock))
-            .map(|_tls| ())
-            .map_err(|source| failed(IssueError::unusable(source)))
+    /// What the certificates of the roots that are trusted now say.
+    pub fn roots(&self) -> Vec<CertificateSummary> {
+        let trust = self.trust.borrow();
+        let issuing = self.issuing.load();
+        let summaries = trust.roots.certificates().iter();
+        summaries
+            // They were parsed when they were read.
+            .filter_map(|root| CertificateSummary::of(&issuing.authority.path, root).ok())
+            .collect()
     }
 
     fn issue_now(&self, identity: &SpiffeId) -> Result<Leaf, IssueError> {
@@ -227,13 +237,77 @@ impl BuiltinCa {
                 trust_domain: self.trust_domain.clone(),
             });
         }
-        let now = self.clock.now();
+        self.issuing.load().leaf(identity, self.clock.now())
+    }
+}
+
+impl CertificateProvider for BuiltinCa {
+    fn issue<'a>(&'a self, identity: &'a SpiffeId) -> BoxFuture<'a, Result<Leaf, IssueError>> {
+        // A fraction of a millisecond of arithmetic: not worth a blocking thread.
+        Box::pin(std::future::ready(self.issue_now(identity)))
+    }
+
+    fn trust(&self) -> watch::Receiver<Trust> {
+        self.trust.subscribe()
+    }
+}
+
+/// What signs leaves, and for how long they live.
+#[derive(Debug)]
+struct Issuing {
+    authority: Authority,
+    leaf_life: Duration,
+}
+
+impl Issuing {
+    /// Reads the CA and its roots, and checks that the one leads to the others.
+    fn read(
+        files: &CaFiles,
+        trust_domain: &TrustDomain,
+        leaf_life: Duration,
+        clock: &Arc<dyn Clock>,
+    ) -> Result<(Self, TrustBundle), CaError> {
+        let authority = Authority::read(files)?;
+        authority.check_validity(clock.now())?;
+        let roots = authority.read_roots(files, trust_domain)?;
+        let issuing = Self {
+            authority,
+            leaf_life,
+        };
+        issuing.check_leaves_verify(&roots, clock)?;
+        Ok((issuing, roots))
+    }
+
+    /// Issues a leaf that nobody gets and checks it as a peer would that trusts `roots`.
+    fn check_leaves_verify(
+        &self,
+        roots: &TrustBundle,
+        clock: &Arc<dyn Clock>,
+    ) -> Result<(), CaError> {
+        let failed = |source| CaError::LeavesDoNotVerify {
+            path: self.authority.path.clone(),
+            source: Box::new(source),
+        };
+        let identity = format!(
+            "{}/ns/default/dc/check/svc/check",
+            roots.trust_domain().uri()
+        )
+        .parse::<SpiffeId>()
+        .map_err(|source| CaError::TrustDomain { source })?;
+        let leaf = self.leaf(&identity, clock.now()).map_err(failed)?;
+        WorkloadTls::new(identity, &leaf, Arc::new(roots.clone()), Arc::clone(clock))
+            .map(|_tls| ())
+            .map_err(|source| failed(IssueError::unusable(source)))
+    }
+
+    fn leaf(&self, identity: &SpiffeId, now: SystemTime) -> Result<Leaf, IssueError> {
         let authority = &self.authority;
+        let summary = &authority.summary;
         if !authority.is_valid(now) {
             return Err(IssueError::AuthorityNotValid {
-                subject: authority.summary.subject.clone(),
-                not_before: authority.summary.not_before,
-                not_after: authority.summary.not_after,
+                subject: summary.subject.clone(),
+                not_before: summary.not_before,
+                not_after: summary.not_after,
             });
         }
         let sign = |source| IssueError::Sign { source };
@@ -241,7 +315,7 @@ impl BuiltinCa {
         let mut params = leaf_params(identity).map_err(sign)?;
         set_validity(&mut params, now, LEAF_BACKDATE, self.leaf_life);
         // A leaf that outlives its issuer fails with it, and would be renewed too late.
-        params.not_after = params.not_after.min(authority.summary.not_after);
+        params.not_after = params.not_after.min(summary.not_after);
         let certificate = params.signed_by(&key.0, &authority.issuer).map_err(sign)?;
         let mut chain = vec![certificate.der().clone()];
         chain.extend(authority.sent.iter().cloned());
@@ -252,26 +326,18 @@ impl BuiltinCa {
             ))),
             not_before: params.not_before.into(),
             not_after: params.not_after.into(),
+            issuer: summary.subject.clone(),
         })
-    }
-}
-
-impl CertificateProvider for BuiltinCa {
-    fn issue<'a>(&'a self, identity: &'a SpiffeId) -> BoxFuture<'a, Result<Leaf, IssueError>> {
-        // A fraction of a millisecond of arithmetic: not worth a blocking thread.
-        Box::pin(std::future::ready(self.issue_now(identity)))
-    }
-
-    fn roots(&self) -> watch::Receiver<Arc<TrustBundle>> {
-        self.roots.subscribe()
     }
 }
 
 /// A CA certificate with its key, and what goes with each leaf it signs.
 struct Authority {
     path: PathBuf,
-    issuer: Issuer<'static, KeyPair>,
+    issuer: Issuer<'static, WipedKey>,
     summary: CertificateSummary,
+    /// The certificates of the file, its own first.
+    chain: Vec<CertificateDer<'static>>,
     /// What a leaf's chain needs beside the leaf: this certificate and those above it, but no root.
     sent: Vec<CertificateDer<'static>>,
 }
@@ -280,7 +346,7 @@ impl Authority {
     fn read(files: &CaFiles) -> Result<Self, CaError> {
         let path = &files.certificate;
         let chain = files::read_certificates(path)?;
-        let key = files::read_key(&files.key, files.passphrase()?.as_ref())?;
+        let key = WipedKey(files::read_key(&files.key, files.passphrase()?.as_ref())?);
         let certificate = chain
             .first()
             .cloned()
@@ -289,7 +355,7 @@ impl Authority {
         if !summary.is_ca {
             return Err(CaError::NotACa { path: path.clone() });
         }
-        if !certificate::has_key(path, &certificate, &key)? {
+        if !certificate::has_key(path, &certificate, &key.0)? {
             return Err(CaError::KeyMismatch {
                 certificate: path.clone(),
                 key: files.key.clone(),
@@ -306,6 +372,7 @@ impl Authority {
             path: path.clone(),
             issuer,
             summary,
+            chain,
             sent,
         })
     }
@@ -325,6 +392,7 @@ impl Authority {
             not_after: self.summary.not_after,
         })
     }
+
     fn read_roots(
         &self,
         files: &CaFiles,
@@ -430,7 +498,7 @@ fn set_validity(
     params.not_after = now.saturating_add(life.try_into().unwrap_or(time::Duration::MAX));
 }
 
-/// A new P-256 key whose bytes are wiped when it is dropped.
+/// A key whose bytes are wiped when it is dropped.
 struct WipedKey(KeyPair);
 
 impl WipedKey {
@@ -440,6 +508,22 @@ impl WipedKey {
 
     fn generate_with<E>(error: impl FnOnce(rcgen::Error) -> E) -> Result<Self, E> {
         KeyPair::generate().map(Self).map_err(error)
+    }
+}
+
+impl PublicKeyData for WipedKey {
+    fn der_bytes(&self) -> &[u8] {
+        self.0.der_bytes()
+    }
+
+    fn algorithm(&self) -> &'static SignatureAlgorithm {
+        self.0.algorithm()
+    }
+}
+
+impl SigningKey for WipedKey {
+    fn sign(&self, message: &[u8]) -> Result<Vec<u8>, rcgen::Error> {
+        self.0.sign(message)
     }
 }
 

@@ -327,13 +327,18 @@ fn a_foreign_trust_domain_is_not_served() {
     );
 }
 
+/// Reads `files` again as the agent does on SIGHUP.
+fn reload(ca: &BuiltinCa, files: &CaFiles) -> Result<(), CaError> {
+    ca.reload(files, DAY)
+}
+
 #[test]
 fn roots_are_reloaded_and_kept_if_the_new_ones_are_bad() {
     let directory = tempdir().unwrap();
     let root = new_root(&directory, "root");
     let next = new_root(&directory, "next");
     let ca = load(&root).unwrap();
-    let mut roots = ca.roots();
+    let mut trust = ca.trust();
     let both = CaFiles {
         roots: vec![
             root.certificate.clone(),
@@ -342,20 +347,132 @@ fn roots_are_reloaded_and_kept_if_the_new_ones_are_bad() {
         ],
         ..root.clone()
     };
-    ca.reload_roots(&both).unwrap();
-    assert!(roots.has_changed().unwrap());
-    assert_eq!(roots.borrow_and_update().certificates().len(), 2);
-    ca.reload_roots(&both).unwrap();
+    reload(&ca, &both).unwrap();
+    assert!(trust.has_changed().unwrap());
+    let seen = trust.borrow_and_update().clone();
+    assert_eq!(seen.roots.certificates().len(), 2);
+    assert_eq!(seen.issuer, 0, "the same authority issues");
+    reload(&ca, &both).unwrap();
     assert!(
-        !roots.has_changed().unwrap(),
+        !trust.has_changed().unwrap(),
         "nothing changed, nobody is told"
     );
     let without_own = CaFiles {
         roots: vec![next.certificate],
         ..root
     };
-    ca.reload_roots(&without_own).unwrap_err();
-    assert_eq!(roots.borrow().certificates().len(), 2);
+    reload(&ca, &without_own).unwrap_err();
+    assert_eq!(trust.borrow().roots.certificates().len(), 2);
+}
+
+#[test]
+fn a_new_intermediate_signs_after_a_reload() {
+    let directory = tempdir().unwrap();
+    let root = new_root(&directory, "root");
+    let old = new_node(&directory, &root, "node-a", DAY);
+    let new = new_node(&directory, &root, "node-a-2", DAY * 2);
+    let ca = load(&old).unwrap();
+    let mut trust = ca.trust();
+    ca.reload(&new, Duration::from_hours(36)).unwrap();
+    assert_eq!(trust.borrow_and_update().issuer, 1);
+    let new_subject = show(&new.certificate).unwrap().remove(0).subject;
+    assert_eq!(ca.summary().subject, new_subject);
+    let leaf = ca.issue_now(&id("web")).unwrap();
+    assert_eq!(leaf.issuer, new_subject);
+    let life = leaf.not_after.duration_since(SystemTime::now()).unwrap();
+    assert!(life > DAY, "{life:?} is not the new life of leaves");
+    // The same files again, and only another life of leaves, are no new authority.
+    reload(&ca, &new).unwrap();
+    assert!(!trust.has_changed().unwrap());
+}
+
+#[test]
+fn the_files_may_be_replaced_in_place() {
+    let directory = tempdir().unwrap();
+    let root = new_root(&directory, "root");
+    let node = new_node(&directory, &root, "node-a", DAY);
+    let new = new_node(&directory, &root, "new", DAY);
+    let ca = load(&node).unwrap();
+    let old_subject = ca.summary().subject;
+
+    // Caught between the two, the agent stays as it was.
+    fs::rename(&new.certificate, &node.certificate).unwrap();
+    let error = reload(&ca, &node).unwrap_err();
+    assert!(matches!(error, CaError::KeyMismatch { .. }), "{error:?}");
+    assert_eq!(ca.issue_now(&id("web")).unwrap().issuer, old_subject);
+    fs::rename(&new.key, &node.key).unwrap();
+    reload(&ca, &node).unwrap();
+    assert_ne!(ca.issue_now(&id("web")).unwrap().issuer, old_subject);
+}
+
+#[test]
+fn a_bad_authority_is_not_taken_over() {
+    let directory = tempdir().unwrap();
+    let root = new_root(&directory, "root");
+    let node = new_node(&directory, &root, "node-a", DAY);
+    let other_root = new_root(&directory, "other");
+    let other = new_node(&directory, &other_root, "other-a", DAY);
+    let exposed = new_node(&directory, &root, "exposed", DAY);
+    fs::set_permissions(&exposed.key, fs::Permissions::from_mode(0o644)).unwrap();
+    let ca = load(&node).unwrap();
+    let trust = ca.trust();
+    let before = ca.summary();
+
+    let of_another_root = CaFiles {
+        roots: node.roots.clone(),
+        ..other
+    };
+    let missing = files(directory.path(), "missing");
+    let expired = new_node(&directory, &root, "expired", Duration::ZERO);
+    for (files, part) in [
+        (of_another_root, "is its root among identity.ca.roots?"),
+        (missing, "No such file or directory"),
+        (exposed, "so others than its owner can use it"),
+        (expired, "is valid only from"),
+    ] {
+        let error = reload(&ca, &files).unwrap_err();
+        let text = chain(&error).to_string();
+        assert!(text.contains(part), "{text}");
+    }
+    assert!(!trust.has_changed().unwrap());
+    assert_eq!(ca.summary(), before);
+    assert_eq!(ca.issue_now(&id("web")).unwrap().issuer, before.subject);
+}
+
+#[test]
+fn a_root_is_replaced_in_three_reloads() {
+    let directory = tempdir().unwrap();
+    let old_root = new_root(&directory, "old");
+    let new_root = new_root(&directory, "new");
+    let old = new_node(&directory, &old_root, "old-a", DAY);
+    let new = new_node(&directory, &new_root, "new-a", DAY);
+    let both = vec![old_root.certificate.clone(), new_root.certificate.clone()];
+    let ca = load(&old).unwrap();
+    let names = || {
+        let mut roots: Vec<_> = ca.roots().into_iter().map(|root| root.subject).collect();
+        roots.sort();
+        roots
+    };
+    let [old_name, new_name] =
+        [&old_root, &new_root].map(|root| show(&root.certificate).unwrap().remove(0).subject);
+
+    let old_with_both = CaFiles {
+        roots: both.clone(),
+        ..old
+    };
+    reload(&ca, &old_with_both).unwrap();
+    let mut both_names = [old_name, new_name.clone()];
+    both_names.sort();
+    assert_eq!(names(), both_names);
+    let new_with_both = CaFiles {
+        roots: both,
+        ..new.clone()
+    };
+    reload(&ca, &new_with_both).unwrap();
+    assert_eq!(names(), both_names);
+    reload(&ca, &new).unwrap();
+    assert_eq!(names(), [new_name]);
+    assert_eq!(ca.trust().borrow().issuer, 1);
 }
 
 proptest! {

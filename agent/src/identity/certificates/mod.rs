@@ -23,7 +23,7 @@ pub use schedule::Jitter;
 
 use super::{
     clock::Clock,
-    provider::{CertificateProvider, IssueError, TrustBundle},
+    provider::{CertificateProvider, IssueError, Trust, TrustBundle},
     spiffe::SpiffeId,
     workload_tls::WorkloadTls,
 };
@@ -54,6 +54,7 @@ struct Shared {
 #[derive(Debug, Clone, Default)]
 struct Slot {
     current: Option<Arc<WorkloadTls>>,
+    issuer: Option<String>,
     renew_at: Option<SystemTime>,
     last_error: Option<Arc<IssueError>>,
 }
@@ -138,7 +139,8 @@ impl Certificates {
             identity: identity.clone(),
             shared: Arc::clone(&self.shared),
             publish,
-            roots: self.shared.provider.roots(),
+            trust: self.shared.provider.trust(),
+            issuer: 0,
             failures: 0,
         };
         // Not waited for when draining: it ends when everything that needs certificates has.
@@ -183,6 +185,7 @@ impl Slot {
     fn status(&self, identity: &SpiffeId) -> CertificateStatus {
         CertificateStatus {
             identity: identity.clone(),
+            issuer: self.issuer.clone(),
             not_after: self.current.as_ref().map(|tls| tls.not_after()),
             renew_at: self.renew_at,
             last_error: self.last_error.clone(),
@@ -195,6 +198,8 @@ impl Slot {
 pub struct CertificateStatus {
     /// Whose it is.
     pub identity: SpiffeId,
+    /// The subject of the certificate that signed the leaf in use; `None` if there never was one.
+    pub issuer: Option<String>,
     /// When the leaf in use expires; `None` if there never was one.
     pub not_after: Option<SystemTime>,
     /// When it is to be renewed, or the next attempt is made.
@@ -237,13 +242,15 @@ struct Keeper {
     identity: SpiffeId,
     shared: Arc<Shared>,
     publish: watch::Sender<Slot>,
-    roots: watch::Receiver<Arc<TrustBundle>>,
+    trust: watch::Receiver<Trust>,
+    /// What issued the leaf in use, as [`Trust::issuer`].
+    issuer: u64,
     failures: u32,
 }
 
 impl Keeper {
     async fn run(mut self) {
-        let mut roots_live = true;
+        let mut trust_live = true;
         let mut due = self.renew().await;
         loop {
             let wait = due
@@ -254,11 +261,11 @@ impl Keeper {
                 biased;
                 () = self.shared.shutdown.stopped() => return,
                 () = self.publish.closed() => return,
-                changed = self.roots.changed(), if roots_live => {
+                changed = self.trust.changed(), if trust_live => {
                     // A provider that ended keeps its last roots; do not spin on it.
-                    roots_live = changed.is_ok();
-                    if roots_live && !self.take_roots() {
-                        due = self.renew().await;
+                    trust_live = changed.is_ok();
+                    if trust_live {
+                        due = self.follow(due).await;
                     }
                 }
                 () = sleep(wait.min(LONGEST_SLEEP)) => {
@@ -272,19 +279,22 @@ impl Keeper {
 
     /// One attempt. Returns when the next is due.
     async fn renew(&mut self) -> SystemTime {
-        let bundle = Arc::clone(&self.roots.borrow_and_update());
-        match self.issue(bundle).await {
-            Ok(tls) => {
+        let trust = self.trust.borrow_and_update().clone();
+        match self.issue(trust.roots).await {
+            Ok((tls, issuer)) => {
                 self.failures = 0;
+                self.issuer = trust.issuer;
                 let renew_at =
                     schedule::renew_at(tls.not_before(), tls.not_after(), &self.shared.jitter);
                 tracing::info!(
                     identity = %self.identity,
                     not_after = %time::OffsetDateTime::from(tls.not_after()),
+                    issuer,
                     "certificate issued"
                 );
                 self.publish.send_replace(Slot {
                     current: Some(Arc::new(tls)),
+                    issuer: Some(issuer),
                     renew_at: Some(renew_at),
                     last_error: None,
                 });
@@ -294,7 +304,8 @@ impl Keeper {
         }
     }
 
-    async fn issue(&self, bundle: Arc<TrustBundle>) -> Result<WorkloadTls, IssueError> {
+    /// A leaf under these roots, and who signed it.
+    async fn issue(&self, roots: Arc<TrustBundle>) -> Result<(WorkloadTls, String), IssueError> {
         let leaf = timeout(ISSUE_DEADLINE, self.shared.provider.issue(&self.identity))
             .await
             .unwrap_or(Err(IssueError::Timeout {
@@ -303,9 +314,10 @@ impl Keeper {
         WorkloadTls::new(
             self.identity.clone(),
             &leaf,
-            bundle,
+            roots,
             Arc::clone(&self.shared.clock),
         )
+        .map(|tls| (tls, leaf.issuer))
         .map_err(IssueError::unusable)
     }
 
@@ -334,15 +346,29 @@ impl Keeper {
         due
     }
 
-    /// Puts the leaf in use under the new roots. False if it has to be renewed because none of them signed it.
+    /// Takes over what the provider changed. Returns when the next attempt is due.
+    async fn follow(&mut self, due: SystemTime) -> SystemTime {
+        let trust = self.trust.borrow_and_update().clone();
+        if !self.take_roots(trust.roots) {
+            return self.renew().await;
+        }
+        if trust.issuer == self.issuer {
+            return due;
+        }
+        let wait = schedule::after_rotation(&self.shared.jitter);
+        let due = due.min(self.shared.clock.now() + wait);
+        self.publish.send_modify(|slot| slot.renew_at = Some(due));
+        due
+    }
+
+    /// Puts the leaf in use under new roots. False if it has to be renewed because it reaches none of them.
     ///
     /// It serves on until then: peers that still have the old root accept it.
-    fn take_roots(&mut self) -> bool {
-        let bundle = Arc::clone(&self.roots.borrow_and_update());
+    fn take_roots(&self, roots: Arc<TrustBundle>) -> bool {
         let Some(current) = self.publish.borrow().current.clone() else {
             return false;
         };
-        match current.with_roots(bundle) {
+        match current.with_roots(roots) {
             Ok(tls) => {
                 let reaches_a_root = tls.check_own_chain().is_ok();
                 self.publish

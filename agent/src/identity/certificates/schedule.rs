@@ -18,6 +18,9 @@ const FIRST_RETRY: Duration = Duration::from_secs(1);
 /// The longest wait between two attempts: a provider that is back is noticed within five minutes.
 const LONGEST_RETRY: Duration = Duration::from_mins(5);
 
+/// When the authority is replaced the leaves of a node are renewed over this time, not all at once.
+const ROTATION_SPREAD: Duration = Duration::from_secs(10);
+
 /// When a leaf of this validity is to be renewed.
 pub(super) fn renew_at(
     not_before: SystemTime,
@@ -27,6 +30,11 @@ pub(super) fn renew_at(
     let life = not_after.duration_since(not_before).unwrap_or_default();
     let part = (RENEW_UNTIL - RENEW_FROM).mul_add(jitter.draw(), RENEW_FROM);
     not_before + life.mul_f64(part)
+}
+
+/// How long to wait before a leaf that is still good is renewed because another authority issues now.
+pub(super) fn after_rotation(jitter: &Jitter) -> Duration {
+    ROTATION_SPREAD.mul_f64(jitter.draw())
 }
 
 /// How long to wait after `failures` attempts in a row failed, when the leaf in use lasts `left`.

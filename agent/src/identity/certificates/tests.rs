@@ -29,12 +29,16 @@ struct Moody {
     ca: BuiltinCa,
     mode: Mutex<Mode>,
     attempts: AtomicUsize,
-    roots: watch::Sender<Arc<TrustBundle>>,
+    trust: watch::Sender<Trust>,
 }
 
 impl Moody {
     fn set(&self, mode: Mode) {
         *self.mode.lock() = mode;
+    }
+
+    fn set_roots(&self, roots: Arc<TrustBundle>) {
+        self.trust.send_modify(|trust| trust.roots = roots);
     }
 
     fn attempts(&self) -> usize {
@@ -63,8 +67,8 @@ impl CertificateProvider for Moody {
         })
     }
 
-    fn roots(&self) -> watch::Receiver<Arc<TrustBundle>> {
-        self.roots.subscribe()
+    fn trust(&self) -> watch::Receiver<Trust> {
+        self.trust.subscribe()
     }
 }
 
@@ -82,12 +86,12 @@ impl Scene {
         let clock = TokioClock::starting_at(SystemTime::now());
         let clock_again: Arc<dyn Clock> = Arc::<TokioClock>::clone(&clock);
         let ca = builtin_ca(directory.path(), DAY, Arc::clone(&clock_again));
-        let roots = Arc::clone(&ca.roots().borrow());
+        let trust = ca.trust().borrow().clone();
         let provider = Arc::new(Moody {
             ca,
             mode: Mutex::new(mode),
             attempts: AtomicUsize::new(0),
-            roots: watch::Sender::new(roots),
+            trust: watch::Sender::new(trust),
         });
         let shutdown = Shutdown::default();
         let certificates = Certificates::new(
@@ -252,7 +256,7 @@ async fn added_roots_are_trusted_at_once_with_the_same_leaf() {
     let own = before.bundle().certificates().to_vec();
     let both = own.into_iter().chain([next.certificate()]);
     let both = Arc::new(TrustBundle::new(trust_domain(), both).unwrap());
-    scene.provider.roots.send_replace(both);
+    scene.provider.set_roots(both);
     sleep(Duration::from_millis(1)).await;
     let after = scene.web().await.unwrap();
     assert_eq!(after.bundle().certificates().len(), 2);
@@ -265,7 +269,7 @@ async fn a_leaf_of_a_removed_root_is_issued_anew() {
     let scene = Scene::new(Mode::Works);
     scene.web().await.unwrap();
     let next = testing::bundle(&[&TestCa::root("next")]);
-    scene.provider.roots.send_replace(next);
+    scene.provider.set_roots(next);
     sleep(Duration::from_millis(1)).await;
     assert_eq!(scene.provider.attempts(), 2);
     // The authority still signs with the removed root, so what it issued is not taken; the old leaf serves.
@@ -275,6 +279,57 @@ async fn a_leaf_of_a_removed_root_is_issued_anew() {
         Some(IssueError::Unusable { .. })
     ));
     assert_eq!(scene.web().await.unwrap().bundle().certificates().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn leaves_of_a_replaced_authority_are_renewed_soon_and_not_together() {
+    let scene = Scene::new(Mode::Works);
+    let names = ["a", "b", "c", "d"].map(id);
+    let mut before = vec![];
+    for name in &names {
+        before.push(scene.certificates.for_identity(name).await.unwrap());
+    }
+    scene.provider.trust.send_modify(|trust| trust.issuer += 1);
+    sleep(Duration::from_millis(1)).await;
+    let now = scene.clock.now();
+    let due = scene.certificates.status().into_iter();
+    let due: std::collections::BTreeSet<_> = due
+        .map(|status| status.renew_at.unwrap().duration_since(now).unwrap())
+        .collect();
+    assert_eq!(due.len(), names.len(), "spread out: {due:?}");
+    assert!(
+        due.iter().all(|wait| *wait < Duration::from_secs(10)),
+        "{due:?}"
+    );
+    for (name, before) in names.iter().zip(&before) {
+        let still = scene.certificates.for_identity(name).await.unwrap();
+        assert_eq!(still.not_after(), before.not_after(), "serves until then");
+    }
+
+    sleep(Duration::from_secs(10)).await;
+    assert_eq!(scene.provider.attempts(), 2 * names.len());
+    for (name, before) in names.iter().zip(&before) {
+        let renewed = scene.certificates.for_identity(name).await.unwrap();
+        assert!(!Arc::ptr_eq(&renewed, before));
+    }
+    // Once is enough.
+    sleep(DAY / 2).await;
+    assert_eq!(scene.provider.attempts(), 2 * names.len());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replaced_authority_that_fails_is_asked_again_while_the_old_leaf_serves() {
+    let scene = Scene::new(Mode::Works);
+    let before = scene.web().await.unwrap();
+    scene.provider.set(Mode::Fails);
+    scene.provider.trust.send_modify(|trust| trust.issuer += 1);
+    sleep(Duration::from_secs(20)).await;
+    assert!(scene.status().last_error.is_some());
+    assert_eq!(scene.web().await.unwrap().not_after(), before.not_after());
+    scene.provider.set(Mode::Works);
+    sleep(Duration::from_mins(5)).await;
+    assert!(scene.status().last_error.is_none());
+    assert!(scene.web().await.unwrap().not_after() > before.not_after());
 }
 
 #[tokio::test(start_paused = true)]
