@@ -2,16 +2,16 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    path::PathBuf,
+    path::Path,
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 
 use crate::{
     catalog::Catalog,
     namespace::Namespace,
-    node::Node,
+    node::{Authority, Node},
     program::Program,
     programs,
     scratch::Scratch,
@@ -48,7 +48,7 @@ impl Lab {
     pub fn new(purpose: &str) -> Result<Self> {
         let scratch = Scratch::new(purpose)?;
         let catalog = Catalog::new(scratch.subdirectory("catalog")?);
-        make_authority(&scratch)?;
+        let authority = make_root(&scratch.subdirectory("ca")?)?;
         let [a, b] = ["a", "b"].map(|name| Namespace::create(&scratch, name));
         let (a, b) = (a?, b?);
         a.join(DEVICE, &b, DEVICE)?;
@@ -57,7 +57,14 @@ impl Lab {
             let address6 = Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, number.into());
             namespace.add_address(DEVICE, address)?;
             namespace.add_address(DEVICE, address6.into())?;
-            Node::new(&scratch, name, number, address, namespace)
+            Node::new(
+                &scratch,
+                name,
+                number,
+                address,
+                namespace,
+                authority.clone(),
+            )
         });
         let [a, b] = nodes;
         Ok(Self {
@@ -127,23 +134,25 @@ impl Lab {
 }
 
 /// `sidestep ca init`, as a user would do it.
-fn make_authority(scratch: &Scratch) -> Result<()> {
-    let (certificate, key) = authority(scratch)?;
+pub(crate) fn make_root(directory: &Path) -> Result<Authority> {
     Program::new(programs::agent()?)
         .args(["ca", "init", "--trust-domain", TRUST_DOMAIN])
         .arg("--directory")
-        .arg(certificate.parent().unwrap_or(&certificate))
+        .arg(directory)
         .run(SOON)
-        .context("making the certificate authority")?;
-    ensure!(
-        certificate.is_file() && key.is_file(),
-        "the CA has no files"
-    );
-    Ok(())
+        .context("making a root")?;
+    Authority::in_directory(directory, "root", directory)
 }
 
-/// The paths of the authority's certificate and key.
-pub(crate) fn authority(scratch: &Scratch) -> Result<(PathBuf, PathBuf)> {
-    let directory = scratch.subdirectory("ca")?;
-    Ok((directory.join("root.pem"), directory.join("root-key.pem")))
+/// `sidestep ca intermediate` for a node, by the root in `root`, written to `output`.
+pub(crate) fn make_intermediate(root: &Path, node: &str, output: &Path) -> Result<Authority> {
+    Program::new(programs::agent()?)
+        .args(["ca", "intermediate", "--trust-domain", TRUST_DOMAIN])
+        .args(["--node", node, "--directory"])
+        .arg(root)
+        .arg("--output")
+        .arg(output)
+        .run(SOON)
+        .with_context(|| format!("making the intermediate of node {node}"))?;
+    Authority::in_directory(output, node, root)
 }

@@ -17,13 +17,13 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::{
     cgroup::Cgroup,
-    lab::{TRUST_DOMAIN, authority},
+    lab::TRUST_DOMAIN,
     namespace::Namespace,
     program::{Program, Running},
     programs,
@@ -38,6 +38,33 @@ pub const METRICS: &str = "127.0.0.1:15020";
 /// Loading and verifying the programs takes a moment on a busy machine.
 const START: Duration = Duration::from_mins(1);
 
+/// What signs on a node, and whom the node trusts: `[identity.ca]`.
+#[derive(Debug, Clone)]
+pub struct Authority {
+    /// The certificate that signs.
+    pub certificate: PathBuf,
+    /// Its key.
+    pub key: PathBuf,
+    /// The roots.
+    pub roots: Vec<PathBuf>,
+}
+
+impl Authority {
+    /// The authority `name` in `directory`, under the root in `root`.
+    pub(crate) fn in_directory(directory: &Path, name: &str, root: &Path) -> Result<Self> {
+        let authority = Self {
+            certificate: directory.join(format!("{name}.pem")),
+            key: directory.join(format!("{name}-key.pem")),
+            roots: vec![root.join("root.pem")],
+        };
+        ensure!(
+            authority.certificate.is_file() && authority.key.is_file(),
+            "{authority:?} has no files"
+        );
+        Ok(authority)
+    }
+}
+
 /// A node with, at most, one agent.
 #[derive(Debug)]
 pub struct Node {
@@ -48,7 +75,7 @@ pub struct Node {
     cgroup: Cgroup,
     directory: PathBuf,
     bpffs: PathBuf,
-    authority: (PathBuf, PathBuf),
+    authority: Authority,
     catalog: PathBuf,
     workloads: Vec<String>,
     containers: Vec<Namespace>,
@@ -64,6 +91,7 @@ impl Node {
         number: u8,
         address: IpAddr,
         namespace: Namespace,
+        authority: Authority,
     ) -> Result<Self> {
         let cgroup = scratch.cgroup().child(name)?;
         cgroup.child("workloads")?;
@@ -75,7 +103,7 @@ impl Node {
             cgroup,
             directory: scratch.subdirectory(name)?,
             bpffs: scratch.bpffs(&format!("{name}/bpf"))?,
-            authority: authority(scratch)?,
+            authority,
             catalog: scratch.directory().join("catalog"),
             workloads: vec![],
             containers: vec![],
@@ -162,6 +190,16 @@ impl Node {
         directory.clone_into(&mut self.catalog);
     }
 
+    /// What signs on this node.
+    pub fn authority(&self) -> &Authority {
+        &self.authority
+    }
+
+    /// Gives the node another authority. A running agent takes it over with [`Node::reload_agent`].
+    pub fn set_authority(&mut self, authority: Authority) {
+        self.authority = authority;
+    }
+
     /// A program on the node that is no workload: its connections are not captured.
     ///
     /// # Errors
@@ -177,9 +215,7 @@ impl Node {
     /// # Errors
     /// If it cannot be started.
     pub fn start_agent(&mut self) -> Result<()> {
-        let configuration = self.configuration_file();
-        fs::write(&configuration, self.configuration())
-            .with_context(|| format!("writing {}", configuration.display()))?;
+        let configuration = self.write_configuration()?;
         let agent = Program::new(programs::agent()?)
             .args(["run", "--config"])
             .arg(&configuration)
@@ -189,6 +225,22 @@ impl Node {
             .spawn()?;
         self.agent = Some(agent);
         Ok(())
+    }
+
+    /// Writes the configuration as it is now and tells the agent to read it. Returns at once.
+    ///
+    /// # Errors
+    /// If the file cannot be written or the agent has ended.
+    pub fn reload_agent(&self) -> Result<()> {
+        self.write_configuration()?;
+        self.signal_agent(Signal::HUP)
+    }
+
+    fn write_configuration(&self) -> Result<PathBuf> {
+        let configuration = self.configuration_file();
+        fs::write(&configuration, self.configuration())
+            .with_context(|| format!("writing {}", configuration.display()))?;
+        Ok(configuration)
     }
 
     /// Waits until the agent answers, which it does when everything is in place.
@@ -372,7 +424,11 @@ impl Node {
     /// The text of that configuration.
     pub fn configuration(&self) -> String {
         let directory = self.directory.display();
-        let (certificate, key) = &self.authority;
+        let Authority {
+            certificate,
+            key,
+            roots,
+        } = &self.authority;
         let mut text = format!(
             "\
 [node]
@@ -395,7 +451,7 @@ trust_domain = \"{TRUST_DOMAIN}\"
 [identity.ca]
 certificate = \"{certificate}\"
 key = \"{key}\"
-roots = [\"{certificate}\"]
+roots = {roots:?}
 
 [telemetry]
 metrics = \"{METRICS}\"

@@ -51,9 +51,12 @@ pub(super) struct IntermediateArgs {
     /// The trust domain, as at `ca init`.
     #[arg(long)]
     trust_domain: TrustDomain,
-    /// Where `root.pem` and `root-key.pem` are, and where to write.
+    /// Where `root.pem` and `root-key.pem` are.
     #[arg(long, value_name = "DIRECTORY", default_value = ".")]
     directory: PathBuf,
+    /// Where to write; made if it is missing. Without it, beside the root.
+    #[arg(long, value_name = "DIRECTORY")]
+    output: Option<PathBuf>,
     /// The passphrase of the root's key, if it is encrypted.
     #[arg(long, value_name = "FILE")]
     root_passphrase_file: Option<PathBuf>,

@@ -4,6 +4,7 @@ mod capture;
 mod clients;
 mod life;
 mod policy;
+mod rotation;
 mod scale;
 
 use super::{Claim, Topic};
@@ -37,6 +38,7 @@ pub const TOPIC: Topic = Topic {
         policy::a_denied_client_sees_no_banner: "a denied client sees no byte of a server that speaks first, nor that server a connection";
         policy::the_called_side_decides_too: "the called node denies by itself what a calling node would let pass";
         policy::a_new_denial_cuts_live_connections: "an intention that forbids live connections cuts these, and no others";
+        rotation::a_replaced_authority_costs_no_connection: "new intermediates and a new root are taken over by a reload, and no connection is lost";
         life::load_follows_health: "load spreads over instances, follows their health, and stops when there is none";
         life::a_dead_instance_costs_no_connection: "an instance whose node does not answer costs no connection";
         life::a_broken_file_changes_nothing: "a broken catalog file takes nothing away and is reported";
