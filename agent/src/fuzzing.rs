@@ -361,6 +361,7 @@ static CHOICE: LazyLock<(Targets, LocalDomain)> = LazyLock::new(|| {
         service(right(name), vec![Arc::new(instance)])
     });
     let snapshot = Snapshot {
+        is_whole: true,
         services: services.into_iter().collect(),
         intentions: vec![],
     };
@@ -433,6 +434,7 @@ pub fn vip_state(bytes: &[u8]) {
     };
     let names = ["web", "api", "db", "x"].map(right::<ServiceName>);
     let snapshot = Snapshot {
+        is_whole: true,
         services: names
             .map(|name| service(name, vec![]))
             .into_iter()

@@ -109,11 +109,16 @@ fn intermediate(args: IntermediateArgs) -> Result<CertificateSummary, ExitCode> 
         ));
         return Err(ExitCode::from(super::USAGE));
     }
+    let output = args.output.unwrap_or(args.directory);
+    std::fs::create_dir_all(&output).map_err(|source| {
+        let path = output.clone();
+        failed(CaFileError::Write { path, source }.into())
+    })?;
     let made = ca::intermediate(
         &args.trust_domain,
         &issuer,
         &args.node,
-        &files(&args.directory, args.node.as_str(), args.passphrase_file),
+        &files(&output, args.node.as_str(), args.passphrase_file),
         DAY.saturating_mul(args.days),
         &SystemClock,
     );

@@ -97,9 +97,9 @@ fn summary(status: &Status) -> String {
     }
     let authority = &status.authority;
     text.push_str(&format!(
-        "authority: {}, expires in {}, trusts {}\n",
+        "authority: {}, {}, trusts {}\n",
         authority.subject,
-        span(seconds_until(authority.not_after)),
+        expiry(Timestamp::now(), authority.not_after),
         authority.roots.join(" and ")
     ));
     if let Some(problem) = &authority.problem {
