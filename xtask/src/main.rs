@@ -4,6 +4,7 @@ mod test;
 mod demo;
 mod prove;
 mod bench;
+mod kernels;
 mod build;
 mod ebpf;
 mod host;
@@ -33,6 +34,8 @@ enum Command {
     Test(test::Arguments),
     /// Re-runs the project's claims; without a topic lists the topics.
     Prove(prove::Arguments),
+    /// Tries the eBPF programs and the kernel tests on other kernels, in emulated machines.
+    Kernels(kernels::Arguments),
     /// Measures.
     Bench(bench::Arguments),
     /// Builds the eBPF programs; finds or installs the toolchain for them.
@@ -58,6 +61,7 @@ fn run(command: &Command) -> Result<ExitCode> {
         Command::Demo(arguments) => demo::run(arguments),
         Command::Test(arguments) => Ok(test::run(arguments)),
         Command::Prove(arguments) => prove::run(arguments),
+        Command::Kernels(arguments) => kernels::run(arguments),
         Command::Bench(arguments) => bench::run(arguments),
         Command::BuildEbpf => {
             let objects = build::ebpf_programs()?;

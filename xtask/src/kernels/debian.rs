@@ -1,0 +1,237 @@
+//! Debian's kernels: fetched with apt from the mirror that this machine uses, of any release, without
+//! installing anything. Kept below `target/`: the next run takes what is there.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::progress::Step;
+
+/// Depends on the newest kernel of a release. The flavour for virtual machines: a third of the size.
+const NEWEST: &str = "linux-image-cloud-amd64";
+
+/// Which packages a kernel is in; which of them depends on the release.
+const PARTS: [&str; 3] = ["linux-image-", "linux-binary-", "linux-modules-"];
+
+/// Kernel modules that the tests need and no kernel of Debian has built in.
+const MODULES: [&str; 1] = ["drivers/net/veth.ko"];
+
+/// Signs the lists of packages of every release. Not where apt looks by itself on all machines.
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
+/// A kernel to be booted.
+#[derive(Debug, Clone)]
+pub(crate) struct Kernel {
+    /// What the boot loader loads.
+    pub(crate) image: PathBuf,
+    /// To be loaded by the first program, in this order.
+    pub(crate) modules: Vec<PathBuf>,
+}
+
+/// The kernel of the Debian release `suite`, kept in `directory`; the newest one if `update` asks for it or none
+/// is kept.
+///
+/// # Errors
+/// If there is no apt, the mirror does not have it, or it is not put together as it is known to be.
+pub(crate) fn kernel(suite: &str, directory: &Path, update: bool) -> Result<Kernel> {
+    let kept = directory.join("kernel");
+    if update || !kept.exists() {
+        let step = Step::begin(format!("fetching the kernel of Debian {suite}"));
+        fetch(suite, directory, &kept, &step)
+            .with_context(|| format!("fetching the kernel of Debian {suite}"))?;
+        step.done();
+    }
+    Ok(Kernel {
+        image: kept.join("image"),
+        modules: MODULES.map(|path| kept.join(file_name(path))).to_vec(),
+    })
+}
+
+fn fetch(suite: &str, directory: &Path, kept: &Path, step: &Step) -> Result<()> {
+    let work = directory.join("fetching");
+    empty(&work)?;
+    let apt = Apt::new(suite, &work)?;
+    apt.run(step, "apt-get", &["update"])?;
+    let packages = apt.closure(step)?;
+    for package in &packages {
+        apt.run(step, "apt-get", &["download", package])?;
+    }
+    let root = work.join("root");
+    for package in entries(&work)? {
+        if package
+            .extension()
+            .is_some_and(|extension| extension == "deb")
+        {
+            step.run(Command::new("dpkg-deb").arg("-x").arg(&package).arg(&root))?;
+        }
+    }
+    let fresh = work.join("kernel");
+    take(&root, &fresh, step).with_context(|| {
+        let packages: Vec<&str> = packages.iter().map(String::as_str).collect();
+        format!("looking into {}", packages.join(", "))
+    })?;
+    if kept.exists() {
+        fs::remove_dir_all(kept).with_context(|| format!("removing {}", kept.display()))?;
+    }
+    fs::rename(&fresh, kept).with_context(|| format!("writing {}", kept.display()))?;
+    fs::remove_dir_all(&work).with_context(|| format!("removing {}", work.display()))
+}
+
+/// Takes the image and the modules out of the unpacked packages.
+fn take(root: &Path, fresh: &Path, step: &Step) -> Result<()> {
+    fs::create_dir_all(fresh).with_context(|| format!("creating {}", fresh.display()))?;
+    let releases: Vec<PathBuf> = ["lib/modules", "usr/lib/modules"]
+        .iter()
+        .filter_map(|modules| entries(&root.join(modules)).ok())
+        .flatten()
+        .collect();
+    let image = entries(&root.join("boot"))
+        .unwrap_or_default()
+        .into_iter()
+        .find(|file| file_name(file).starts_with("vmlinuz-"))
+        .or_else(|| {
+            let in_release = |release: &PathBuf| release.join("vmlinuz");
+            releases.iter().map(in_release).find(|file| file.exists())
+        })
+        .context("they have no kernel image")?;
+    copy(&image, &fresh.join("image"))?;
+    for module in MODULES {
+        let plain = |release: &PathBuf| release.join("kernel").join(module);
+        let found = releases.iter().map(plain).find_map(|plain| {
+            let packed = ["", ".xz"].map(|suffix| plain.with_extension(format!("ko{suffix}")));
+            packed.into_iter().find(|file| file.exists())
+        });
+        let found = found.with_context(|| format!("they have no module {module}"))?;
+        let target = fresh.join(file_name(&found));
+        copy(&found, &target)?;
+        if target
+            .extension()
+            .is_some_and(|extension| extension == "xz")
+        {
+            step.run(Command::new("xz").arg("--decompress").arg(&target))?;
+        }
+    }
+    Ok(())
+}
+
+/// apt with a state of its own, for one release.
+struct Apt {
+    directory: PathBuf,
+    options: Vec<String>,
+}
+
+impl Apt {
+    fn new(suite: &str, directory: &Path) -> Result<Self> {
+        for below in ["state/lists/partial", "cache/archives/partial"] {
+            let below = directory.join(below);
+            fs::create_dir_all(&below).with_context(|| format!("creating {}", below.display()))?;
+        }
+        let keyring = if Path::new(KEYRING).exists() {
+            format!("[signed-by={KEYRING}] ")
+        } else {
+            String::new()
+        };
+        let sources = directory.join("sources.list");
+        fs::write(
+            &sources,
+            format!("deb {keyring}{} {suite} main\n", mirror()?),
+        )
+        .with_context(|| format!("writing {}", sources.display()))?;
+        let options = [
+            format!("Dir::State={}", directory.join("state").display()),
+            format!("Dir::Cache={}", directory.join("cache").display()),
+            format!("Dir::Etc::SourceList={}", sources.display()),
+            "Dir::Etc::SourceParts=/dev/null".to_owned(),
+            // Nothing is installed, as far as this apt knows.
+            "Dir::State::Status=/dev/null".to_owned(),
+            "Acquire::Languages=none".to_owned(),
+            "Acquire::Retries=3".to_owned(),
+            // It writes below target/, where apt's own user may not.
+            "APT::Sandbox::User=root".to_owned(),
+        ];
+        Ok(Self {
+            directory: directory.to_owned(),
+            options: options.to_vec(),
+        })
+    }
+
+    fn run(&self, step: &Step, program: &str, arguments: &[&str]) -> Result<Vec<String>> {
+        let mut command = Command::new(program);
+        for option in &self.options {
+            command.args(["-o", option]);
+        }
+        command.args(arguments).current_dir(&self.directory);
+        step.run(&mut command)
+    }
+
+    /// The packages that the newest kernel is in.
+    fn closure(&self, step: &Step) -> Result<BTreeSet<String>> {
+        let mut found = BTreeSet::new();
+        let mut open = vec![NEWEST.to_owned()];
+        while let Some(package) = open.pop() {
+            let said = self
+                .run(step, "apt-cache", &["depends", &package])
+                .with_context(|| format!("the mirror has no {package}"))?;
+            let parts = said
+                .iter()
+                .filter_map(|line| line.trim().strip_prefix("Depends: "))
+                .filter(|name| PARTS.iter().any(|part| name.starts_with(part)));
+            open.extend(
+                parts
+                    .filter(|name| !found.contains(*name))
+                    .map(str::to_owned),
+            );
+            found.insert(package);
+        }
+        // The first has nothing but the dependency.
+        found.remove(NEWEST);
+        if found.is_empty() {
+            bail!("{NEWEST} depends on no kernel");
+        }
+        Ok(found)
+    }
+}
+
+/// Where this machine's own packages come from.
+fn mirror() -> Result<String> {
+    let format = "$(ORIGIN)|$(LABEL)|$(COMPONENT)|$(REPO_URI)";
+    let output = Command::new("apt-get")
+        .args(["indextargets", "--format", format])
+        .output()
+        .context("asking apt-get for this machine's mirror")?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    let mirror = said
+        .lines()
+        .find_map(|line| line.strip_prefix("Debian|Debian|main|"));
+    let advice = "no mirror of Debian among this machine's package sources; run apt-get update";
+    mirror.map(str::to_owned).context(advice)
+}
+
+fn empty(directory: &Path) -> Result<()> {
+    if directory.exists() {
+        fs::remove_dir_all(directory)
+            .with_context(|| format!("removing {}", directory.display()))?;
+    }
+    fs::create_dir_all(directory).with_context(|| format!("creating {}", directory.display()))
+}
+
+fn entries(directory: &Path) -> Result<Vec<PathBuf>> {
+    let entries =
+        fs::read_dir(directory).with_context(|| format!("reading {}", directory.display()))?;
+    Ok(entries.flatten().map(|entry| entry.path()).collect())
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    let copied = fs::copy(from, to).with_context(|| format!("copying {}", from.display()));
+    copied.map(drop)
+}
+
+fn file_name(path: impl AsRef<Path>) -> String {
+    let name = path.as_ref().file_name().unwrap_or_default();
+    name.to_string_lossy().into_owned()
+}

@@ -1,0 +1,144 @@
+//! A virtual machine that boots a kernel, and what its only program found out.
+
+use std::{fs, path::Path, time::Duration};
+
+use anyhow::{Context as _, Result, bail};
+use bpf_tests::program::Program;
+use serde_json::Value;
+
+use super::debian::Kernel;
+
+/// Whatever happens, a machine is switched off after this.
+const DEADLINE: Duration = Duration::from_secs(300);
+
+/// Of what the kernel says on its console, so many last lines are shown if it ends badly.
+const TAIL: usize = 25;
+
+/// Everything that is emulated, on every machine alike.
+const QEMU: &str = "qemu-system-x86_64";
+
+/// What the kernel is told: little on the slow serial line; a panic resets, which is the end. What it does not
+/// know it puts into the environment of the first program.
+const KERNEL: &str =
+    "console=ttyS0 loglevel=4 panic=-1 mitigations=off random.trust_cpu=on PATH=/usr/bin";
+
+/// What was found in one machine.
+#[derive(Debug, Default)]
+pub(crate) struct Findings {
+    /// The kernel's full version.
+    pub(crate) release: String,
+    /// Kinds of type information that it does not know.
+    pub(crate) lacks: Vec<String>,
+    /// Every program of every object.
+    pub(crate) programs: Vec<Loaded>,
+    /// Every test that ran.
+    pub(crate) tests: Vec<Tested>,
+}
+
+/// A program, and whether the kernel takes it.
+#[derive(Debug)]
+pub(crate) struct Loaded {
+    /// The object's file name.
+    pub(crate) object: String,
+    /// The program's name.
+    pub(crate) program: String,
+    /// How many instructions the verifier looked at; kernels before 5.16 do not tell.
+    pub(crate) verified: Option<u64>,
+    /// Why it does not load, with the end of the verifier's log.
+    pub(crate) error: Option<String>,
+}
+
+/// A test, and how it ended.
+#[derive(Debug)]
+pub(crate) struct Tested {
+    /// File and name.
+    pub(crate) name: String,
+    /// What it said, if it failed.
+    pub(crate) error: Option<String>,
+    /// How long it took, of the machine's time.
+    pub(crate) seconds: f64,
+}
+
+/// Boots `kernel` with `initramfs`; both serial lines are written to files in `directory`.
+///
+/// # Errors
+/// If the machine does not start, or does not come to its end; with the end of what it said.
+pub(crate) fn boot(kernel: &Kernel, initramfs: &[u8], directory: &Path) -> Result<Findings> {
+    let file = |name: &str| directory.join(name);
+    let (packed, console, report) = (file("initramfs"), file("console"), file("report"));
+    fs::write(&packed, initramfs).with_context(|| format!("writing {}", packed.display()))?;
+    for old in [&console, &report] {
+        fs::write(old, "").with_context(|| format!("writing {}", old.display()))?;
+    }
+    let mut machine = Program::new(QEMU)
+        .args(["-accel", "tcg", "-cpu", "qemu64,+rdrand"])
+        .args(["-smp", "2", "-m", "1024"])
+        .args(["-nodefaults", "-no-user-config", "-display", "none"])
+        .arg("-no-reboot")
+        .arg("-serial")
+        .arg(format!("file:{}", console.display()))
+        .arg("-serial")
+        .arg(format!("file:{}", report.display()))
+        .arg("-kernel")
+        .arg(&kernel.image)
+        .arg("-initrd")
+        .arg(&packed)
+        .args(["-append", KERNEL])
+        .log(&console)
+        .spawn()?;
+    // Killed when dropped, however this ends.
+    let ended = machine.wait(DEADLINE)?;
+    drop(machine);
+    let said = |path: &Path| fs::read_to_string(path).unwrap_or_default();
+    let why = match ended {
+        None => format!("the machine was not done after {DEADLINE:?}"),
+        Some(status) => format!("the machine ended too early ({status})"),
+    };
+    read(&said(&report)).with_context(|| {
+        let text = said(&console);
+        let lines: Vec<&str> = text.lines().collect();
+        let tail = lines.get(lines.len().saturating_sub(TAIL)..);
+        format!(
+            "{why}; its console:\n{}",
+            tail.unwrap_or_default().join("\n")
+        )
+    })
+}
+
+/// Reads the report, which must have its end.
+fn read(report: &str) -> Result<Findings> {
+    let mut findings = Findings::default();
+    for line in report.lines() {
+        let line: Value =
+            serde_json::from_str(line).with_context(|| format!("reading its report: {line}"))?;
+        let text = |key: &str| line.get(key).and_then(Value::as_str).map(str::to_owned);
+        if let Some(release) = text("kernel") {
+            findings.release = release;
+            let lacks = line.get("lacks").and_then(Value::as_array);
+            let lacks = lacks.into_iter().flatten().filter_map(Value::as_str);
+            findings.lacks = lacks.map(str::to_owned).collect();
+        } else if let (Some(object), Some(program)) = (text("object"), text("program")) {
+            let log = text("log").unwrap_or_default();
+            findings.programs.push(Loaded {
+                object,
+                program,
+                verified: line.get("verified").and_then(Value::as_u64),
+                error: text("error").map(|error| format!("{error}\n{log}")),
+            });
+        } else if let (Some(file), Some(test)) = (text("file"), text("test")) {
+            findings.tests.push(Tested {
+                name: format!("{file}: {test}"),
+                error: text("error"),
+                seconds: line
+                    .get("seconds")
+                    .and_then(Value::as_f64)
+                    .unwrap_or_default(),
+            });
+        } else if let Some(error) = text("broken") {
+            bail!("the machine's program fails: {error}");
+        } else if line.get("done").is_some() {
+            return Ok(findings);
+        }
+    }
+    bail!("its report has no end")
+}
