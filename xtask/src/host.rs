@@ -32,6 +32,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("initdb", "postgresql"),
     ("python3", "python3"),
     ("qemu-system-x86_64", "qemu-system-x86"),
+    ("dpkg-deb", "dpkg"),
     ("strip", "binutils"),
     ("xz", "xz-utils"),
 ];

@@ -27,6 +27,8 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// A kernel to be booted.
 #[derive(Debug, Clone)]
 pub(crate) struct Kernel {
+    /// Its full version.
+    pub(crate) release: String,
     /// What the boot loader loads.
     pub(crate) image: PathBuf,
     /// To be loaded by the first program, in this order.
@@ -46,7 +48,11 @@ pub(crate) fn kernel(suite: &str, directory: &Path, update: bool) -> Result<Kern
             .with_context(|| format!("fetching the kernel of Debian {suite}"))?;
         step.done();
     }
+    let release = kept.join("release");
+    let release =
+        fs::read_to_string(&release).with_context(|| format!("reading {}", release.display()))?;
     Ok(Kernel {
+        release,
         image: kept.join("image"),
         modules: MODULES.map(|path| kept.join(file_name(path))).to_vec(),
     })
@@ -100,6 +106,8 @@ fn take(root: &Path, fresh: &Path, step: &Step) -> Result<()> {
         })
         .context("they have no kernel image")?;
     copy(&image, &fresh.join("image"))?;
+    let release = releases.first().context("they have no modules")?;
+    fs::write(fresh.join("release"), file_name(release)).context("writing the kernel's version")?;
     for module in MODULES {
         let plain = |release: &PathBuf| release.join("kernel").join(module);
         let found = releases.iter().map(plain).find_map(|plain| {
