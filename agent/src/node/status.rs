@@ -16,7 +16,7 @@ use crate::{
     outbound::listeners::Place,
     telemetry::{
         log::{LogError, chain},
-        metrics::{CatalogObservation, CertificateObservation, Observations},
+        metrics::{AuthorityObservation, CatalogObservation, CertificateObservation, Observations},
         record::Direction,
         timestamp::Timestamp,
     },
@@ -106,6 +106,10 @@ pub(super) fn observe(node: &Node) -> Observations {
             services: catalog.snapshot.services.len(),
             instances: instances(&catalog.snapshot),
             problems: node.catalog_problems.lock().len(),
+        }),
+        authority: Some(AuthorityObservation {
+            not_after: node.ca.summary().not_after.into(),
+            reload_failing: node.ca_problem.lock().is_some(),
         }),
         certificates: certificates
             .map(|certificate| CertificateObservation {

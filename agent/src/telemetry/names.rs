@@ -111,6 +111,10 @@ metrics! {
         "Instances in the catalog";
     CATALOG_PROBLEMS: "sidestep_catalog_problems", Gauge, [],
         "Problems of the catalog's sources that are not resolved";
+    AUTHORITY_EXPIRY: "sidestep_authority_expiry_timestamp_seconds", Gauge, [],
+        "When the certificate that signs on this node expires, in seconds since 1970";
+    AUTHORITY_RELOAD_FAILING: "sidestep_authority_reload_failing", Gauge, [],
+        "1 while the last reload has not taken over the certificate authority's files";
     CERTIFICATE_EXPIRY: "sidestep_certificate_expiry_timestamp_seconds", Gauge, ["service"],
         "When the workload's certificate expires, in seconds since 1970";
     CERTIFICATE_FAILING: "sidestep_certificate_renewal_failing", Gauge, ["service"],

@@ -143,6 +143,8 @@ pub struct Observations {
     pub attached_programs: u64,
     /// The catalog in use.
     pub catalog: Option<CatalogObservation>,
+    /// What signs certificates.
+    pub authority: Option<AuthorityObservation>,
     /// A certificate per workload.
     pub certificates: Vec<CertificateObservation>,
 }
@@ -160,6 +162,15 @@ pub struct CatalogObservation {
     pub instances: usize,
     /// How many problems its sources have.
     pub problems: usize,
+}
+
+/// The certificate authority.
+#[derive(Debug, Clone, Copy)]
+pub struct AuthorityObservation {
+    /// Until when its certificate is good.
+    pub not_after: SystemTime,
+    /// Whether the last reload did not take over its files.
+    pub reload_failing: bool,
 }
 
 /// One workload's certificate.
@@ -271,6 +282,9 @@ impl Collector for ObserverCell {
         if let Some(catalog) = &seen.catalog {
             encode_catalog(&mut encoder, catalog)?;
         }
+        if let Some(authority) = &seen.authority {
+            encode_authority(&mut encoder, authority)?;
+        }
         encode_certificates(&mut encoder, &seen.certificates)
     }
 }
@@ -287,6 +301,16 @@ fn encode_catalog(encoder: &mut DescriptorEncoder<'_>, seen: &CatalogObservation
         Samples::begin(encoder, metric)?.gauge(&[], u64::try_from(number).unwrap_or(u64::MAX))?;
     }
     Ok(())
+}
+
+fn encode_authority(
+    encoder: &mut DescriptorEncoder<'_>,
+    seen: &AuthorityObservation,
+) -> fmt::Result {
+    Samples::begin(encoder, &names::AUTHORITY_EXPIRY)?
+        .gauge_f64(&[], Timestamp(seen.not_after).unix_seconds())?;
+    Samples::begin(encoder, &names::AUTHORITY_RELOAD_FAILING)?
+        .gauge(&[], u64::from(seen.reload_failing))
 }
 
 fn encode_certificates(

@@ -36,6 +36,10 @@ fn eventful() -> Metrics {
             instances: 4,
             problems: 0,
         }),
+        authority: Some(AuthorityObservation {
+            not_after: SystemTime::UNIX_EPOCH + Duration::from_hours(2),
+            reload_failing: false,
+        }),
         certificates: vec![CertificateObservation {
             service: "web".parse().unwrap(),
             not_after: Some(SystemTime::UNIX_EPOCH + Duration::from_hours(1)),
