@@ -172,10 +172,10 @@ pub enum IssueError {
         /// How long it was waited for.
         after: Duration,
     },
-    /// What was issued is for somebody else.
-    #[error("the issued certificate does not name the service")]
-    WrongIdentity {
-        /// Whom it names.
+    /// What was issued is for somebody else, or not as peers want it.
+    #[error("peers would not accept the issued certificate")]
+    NotAcceptable {
+        /// What they would say.
         source: PeerIdentityError,
     },
     /// What was issued does not fit: its key, its chain or its time.
@@ -190,7 +190,7 @@ impl IssueError {
     /// What [`super::workload_tls`] has against a leaf.
     pub(crate) fn unusable(source: rustls::Error) -> Self {
         match PeerIdentityError::within(&source) {
-            Some(identity) => Self::WrongIdentity {
+            Some(identity) => Self::NotAcceptable {
                 source: identity.clone(),
             },
             None => Self::Unusable { source },
