@@ -5,6 +5,7 @@ mod demo;
 mod prove;
 mod bench;
 mod kernels;
+mod fuzz;
 mod build;
 mod ebpf;
 mod host;
@@ -38,6 +39,8 @@ enum Command {
     Kernels(kernels::Arguments),
     /// Measures.
     Bench(bench::Arguments),
+    /// Feeds every parser of outside bytes with what a fuzzer invents.
+    Fuzz(fuzz::Arguments),
     /// Builds the eBPF programs; finds or installs the toolchain for them.
     BuildEbpf,
     /// Builds the eBPF programs and the agent for production: target/release/sidestep.
@@ -63,6 +66,7 @@ fn run(command: &Command) -> Result<ExitCode> {
         Command::Prove(arguments) => prove::run(arguments),
         Command::Kernels(arguments) => kernels::run(arguments),
         Command::Bench(arguments) => bench::run(arguments),
+        Command::Fuzz(arguments) => fuzz::run(arguments),
         Command::BuildEbpf => {
             let objects = build::ebpf_programs()?;
             say(objects.display());

@@ -2,11 +2,11 @@
 
 use std::{process::ExitCode, time::Duration};
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use bpf_tests::{claims::TOPICS, programs};
 
 use crate::{
-    build, host,
+    build, fuzz, host,
     progress::{Step, say, table},
 };
 
@@ -16,6 +16,9 @@ pub(crate) struct Arguments {
     /// Run only tests whose name contains one of these, and no other check.
     filters: Vec<String>,
 }
+
+/// For how long CI fuzzes each target: that it runs, and what is near the seeds.
+const FUZZ_SECONDS: u64 = 3;
 
 /// What became of one check.
 enum Outcome {
@@ -35,7 +38,7 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
     let mut report = Report { rows: vec![] };
     if filters.is_empty() {
         report.cargo("format", &["fmt", "--all", "--check"]);
-        report.check("format of the eBPF programs", programs_format);
+        report.check("format of the other workspaces", other_formats);
     }
     report.check("eBPF programs", |_step| {
         build::ebpf_programs().map(|_object| String::new())
@@ -72,6 +75,9 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
             Ok(String::new())
         });
     }
+    if filters.is_empty() && host::is_ci() {
+        report.check("fuzzing", |step| fuzz::check(step, FUZZ_SECONDS));
+    }
     if host::is_root() {
         report.check("kernel and two-node tests", |step| {
             kernel_tests(step, &filters)
@@ -82,11 +88,17 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
     report.finish()
 }
 
-fn programs_format(step: &Step) -> Result<String> {
-    let manifest = build::workspace().join("ebpf/programs/Cargo.toml");
-    let manifest = manifest.to_str().context("a path that is no text")?;
-    let mut command = build::cargo(&["fmt", "--manifest-path", manifest, "--", "--check"]);
-    step.run(&mut command).map(|_said| String::new())
+fn other_formats(step: &Step) -> Result<String> {
+    for workspace in ["ebpf/programs/Cargo.toml", "fuzz/Cargo.toml"] {
+        step.run(&mut build::cargo(&[
+            "fmt",
+            "--manifest-path",
+            workspace,
+            "--",
+            "--check",
+        ]))?;
+    }
+    Ok(String::new())
 }
 
 /// Everything in `bpf-tests`: one at a time, as they wait for real programs.
