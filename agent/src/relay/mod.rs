@@ -18,12 +18,14 @@ use std::{
     time::Duration,
 };
 
+use socket2::SockRef;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
     time::{Instant, Sleep},
 };
 
+use crate::telemetry::log::chain;
 use way::{Broken, Way, WayState};
 
 /// How often a side that nobody reads from is asked whether it was reset.
@@ -39,6 +41,10 @@ pub trait Endpoint: AsyncRead + AsyncWrite + Unpin {
     /// Bytes that the kernel has not sent yet are discarded by that drop.
     fn abort(&mut self);
 
+    /// Whether a close without [`abort`](Self::abort) sends a reset as well, as when the kernel closes what a
+    /// killed process held. For connections whose peer could not tell such an end from one in order.
+    fn reset_on_close(&mut self, _reset: bool) {}
+
     /// The error that waits on the connection, taken without reading or writing (`SO_ERROR`).
     fn pending_error(&mut self) -> Option<io::Error> {
         None
@@ -49,10 +55,14 @@ impl Endpoint for TcpStream {
     fn abort(&mut self) {
         if let Err(error) = self.set_zero_linger() {
             // Only a descriptor that is no socket can fail here; the connection still closes.
-            tracing::debug!(
-                error = %crate::telemetry::log::chain(&error),
-                "reset could not be arranged"
-            );
+            tracing::debug!(error = %chain(&error), "reset could not be arranged");
+        }
+    }
+
+    fn reset_on_close(&mut self, reset: bool) {
+        let linger = reset.then_some(Duration::ZERO);
+        if let Err(error) = SockRef::from(&*self).set_linger(linger) {
+            tracing::debug!(error = %chain(&error), "reset on close not changed");
         }
     }
 
@@ -100,7 +110,8 @@ pub enum End {
 ///
 /// On every end but [`End::Finished`] both endpoints are [aborted](Endpoint::abort): drop them soon, for
 /// the drop sends the reset. That holds also if the future is dropped or panics: bytes on their way are lost
-/// then, so neither side may take what it has for all there is.
+/// then, so neither side may take what it has for all there is. The kernel does the same if the process is
+/// killed: [`Endpoint::reset_on_close`].
 pub async fn relay<D: Endpoint, U: Endpoint>(
     downstream: &mut D,
     upstream: &mut U,
@@ -109,6 +120,8 @@ pub async fn relay<D: Endpoint, U: Endpoint>(
     cut: impl Future<Output = ()>,
 ) -> End {
     let mut cut = pin!(cut);
+    downstream.reset_on_close(true);
+    upstream.reset_on_close(true);
     let mut relay = Relay {
         downstream,
         upstream,
@@ -167,6 +180,8 @@ impl<D: Endpoint, U: Endpoint> Relay<'_, D, U> {
         }
         if self.up.is_done() && self.down.is_done() {
             self.finished = true;
+            self.downstream.reset_on_close(false);
+            self.upstream.reset_on_close(false);
             return Poll::Ready(End::Finished);
         }
         self.poll_clock(cx)

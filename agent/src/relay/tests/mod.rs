@@ -514,3 +514,30 @@ async fn a_relay_that_is_dropped_resets_both_sides() {
         assert_eq!(read.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
     }
 }
+
+/// What a killed process leaves to the kernel: its sockets are closed, and nothing of it runs any more.
+#[tokio::test]
+async fn a_killed_relay_resets_both_sides() {
+    let (mut client, mut downstream) = tcp_pair().await;
+    let (mut upstream, mut server) = tcp_pair().await;
+    let counts = Counts::default();
+    let mut relay = Box::pin(relay(
+        &mut downstream,
+        &mut upstream,
+        &counts,
+        None,
+        pending(),
+    ));
+    client.write_all(b"half of it").await.unwrap();
+    let mut seen = [0; 10];
+    tokio::select! {
+        end = &mut relay => panic!("{end:?}"),
+        read = server.read_exact(&mut seen) => read.unwrap(),
+    };
+    let _left_behind = std::mem::ManuallyDrop::new(relay);
+    drop((downstream, upstream));
+    for application in [&mut client, &mut server] {
+        let read = timeout(SOON, application.read(&mut seen)).await.unwrap();
+        assert_eq!(read.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    }
+}
