@@ -168,6 +168,11 @@ impl Connections {
             .count()
     }
 
+    /// How many are registered now, in both directions.
+    pub fn count(&self) -> usize {
+        self.live.lock().len()
+    }
+
     /// A copy of the table, oldest first.
     pub fn list(&self) -> Vec<Arc<Connection>> {
         let mut list: Vec<_> = self.live.lock().values().map(Arc::clone).collect();

@@ -8,12 +8,14 @@ use tokio::task::JoinHandle;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::Instrument as _;
 
-/// Three steps: `draining` says "take nothing new", `forced` says "end now" to what is left of it, and
-/// `stopped` ends what operators watch the draining with.
+/// Three steps: `draining` says "take nothing new", `forced` says "end now" to what is left of it, and `stopped`
+/// ends what went on beside the draining: following the catalog, and, unless another agent has taken over before,
+/// serving operators (`released`).
 #[derive(Debug, Clone, Default)]
 pub struct Shutdown {
     draining: CancellationToken,
     forced: CancellationToken,
+    released: CancellationToken,
     stopped: CancellationToken,
     tasks: TaskTracker,
     services: TaskTracker,
@@ -31,7 +33,7 @@ impl Shutdown {
         tokio::spawn(self.tasks.track_future(task.instrument(span)))
     }
 
-    /// Starts a task that serves operators until [`Self::stopped`]; draining does not wait for it.
+    /// Starts a task that goes on while others drain, at most until [`Self::stopped`]; draining does not wait for it.
     #[expect(
         clippy::disallowed_methods,
         reason = "beside `spawn` the one place that spawns"
@@ -45,7 +47,17 @@ impl Shutdown {
         tokio::spawn(self.services.track_future(task.instrument(span)));
     }
 
-    /// Resolves when nothing is left that operators could watch.
+    /// Ends what serves operators before all else, for an agent that another one has replaced: they ask that one.
+    pub fn release_operators(&self) {
+        self.released.cancel();
+    }
+
+    /// Resolves when operators are not served any more.
+    pub async fn operators_released(&self) {
+        self.released.cancelled().await;
+    }
+
+    /// Resolves when everything has drained.
     pub async fn stopped(&self) {
         self.stopped.cancelled().await;
     }
@@ -81,6 +93,7 @@ impl Shutdown {
             self.forced.cancel();
             self.tasks.wait().await;
         }
+        self.released.cancel();
         self.stopped.cancel();
         self.services.close();
         self.services.wait().await;

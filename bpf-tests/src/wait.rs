@@ -74,6 +74,13 @@ pub fn pause(time: Duration) {
     thread::sleep(time);
 }
 
+/// Milliseconds on the clock that all processes of this host share, and that is never set.
+pub fn monotonic_ms() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    let whole = |value: i64| u64::try_from(value).unwrap_or_default();
+    whole(now.tv_sec) * 1_000 + whole(now.tv_nsec / 1_000_000)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -32,6 +32,7 @@ use sidestep::datapath::{
     listener::{self, CaptureListeners},
     netns::Netns,
 };
+use sidestep::sockets::ListeningSockets;
 
 const PORT: u16 = 15_001;
 const VIP: &str = "240.0.0.5:80";
@@ -164,7 +165,8 @@ impl Bench {
 
     fn listen(&mut self) {
         let netns = Netns::open(self.namespace.path()).unwrap();
-        self.listeners = Some(listener::listen(&netns, PORT).unwrap());
+        self.listeners =
+            Some(listener::listen(&netns, PORT, &ListeningSockets::default()).unwrap());
         self.datapath
             .enrol_netns(netns.cookie().unwrap(), self.listeners.as_ref().unwrap())
             .unwrap();
@@ -609,7 +611,7 @@ fn connects_that_nobody_answers_leave_nothing_behind() {
     let bench = Bench::new("failed");
     // The programs find a listener, but it is elsewhere: nobody answers where they send the connect.
     let elsewhere = Netns::open(bench.other.path()).unwrap();
-    let listeners = listener::listen(&elsewhere, PORT + 1).unwrap();
+    let listeners = listener::listen(&elsewhere, PORT + 1, &ListeningSockets::default()).unwrap();
     let here = Netns::open(bench.namespace.path()).unwrap();
     bench
         .datapath

@@ -31,6 +31,7 @@ use sidestep::datapath::{
     listener::{self, CaptureListeners},
     netns::Netns,
 };
+use sidestep::sockets::ListeningSockets;
 
 const PORT: u16 = 15_001;
 
@@ -74,7 +75,7 @@ impl Bench {
         };
         let datapath = Datapath::load(settings, None).unwrap();
         let netns = Netns::open(namespace.path()).unwrap();
-        let listeners = listener::listen(&netns, PORT).unwrap();
+        let listeners = listener::listen(&netns, PORT, &ListeningSockets::default()).unwrap();
         datapath.reconcile(&catalog(0), Undesired::Remove).unwrap();
         datapath.attach_hand_over().unwrap();
         datapath

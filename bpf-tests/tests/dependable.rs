@@ -11,5 +11,7 @@ test_claims! {
     TOPIC:
     a_killed_agent_fails_closed
     a_broken_catalog_at_start_takes_nothing_away
+    an_upgrade_loses_no_connection
+    a_kill_costs_only_the_time_away
     detach_leaves_a_clean_host
 }

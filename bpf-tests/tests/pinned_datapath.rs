@@ -32,6 +32,7 @@ use sidestep::datapath::{
     netns::Netns,
     pins::{PinDirectory, PinError},
 };
+use sidestep::sockets::ListeningSockets;
 
 const PORT: u16 = 15_001;
 const MAX_VIPS: u32 = 64;
@@ -95,7 +96,7 @@ impl Bench {
 
     fn start_with(&self, datapath: Datapath) -> Agent {
         let netns = Netns::open(self.namespace.path()).unwrap();
-        let listeners = listener::listen(&netns, PORT).unwrap();
+        let listeners = listener::listen(&netns, PORT, &ListeningSockets::default()).unwrap();
         datapath
             .reconcile(&catalog(&[1, 2]), Undesired::Remove)
             .unwrap();

@@ -65,6 +65,14 @@ pub async fn get(socket: &Path, path: &str) -> Result<Bytes, ClientError> {
     ask(socket, Method::GET, path).await
 }
 
+/// Asks the agent at `socket` to do what `path` names.
+///
+/// # Errors
+/// As [`get`].
+pub async fn post(socket: &Path, path: &str) -> Result<Bytes, ClientError> {
+    ask(socket, Method::POST, path).await
+}
+
 /// Asks the agent at `socket` to change what `path` names.
 ///
 /// # Errors

@@ -7,4 +7,4 @@ pub mod status;
 pub mod server;
 pub mod client;
 
-pub use server::{AdminError, AdminServer, StatusSource};
+pub use server::{AdminError, AdminServer, Existing, StatusSource};

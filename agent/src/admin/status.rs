@@ -11,6 +11,8 @@ use crate::telemetry::timestamp::Timestamp;
 pub struct Status {
     /// The agent's version.
     pub version: String,
+    /// Its process id.
+    pub process: u32,
     /// The node's name.
     pub node: String,
     /// When the agent started.
@@ -19,6 +21,8 @@ pub struct Status {
     pub uptime_seconds: u64,
     /// Whether it takes no new connections because it is shutting down.
     pub draining: bool,
+    /// The agent that this one took over from, while it still carries connections.
+    pub predecessor: Option<PredecessorStatus>,
     /// The kernel's release.
     pub kernel: String,
     /// The programs it holds attached.
@@ -39,6 +43,22 @@ pub struct Status {
     pub listeners: Vec<ListenerStatus>,
     /// The configured workloads.
     pub workloads: Vec<WorkloadStatus>,
+}
+
+/// An agent that drains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PredecessorStatus {
+    /// Its process id.
+    pub process: u32,
+    /// Connections that it still carries.
+    pub connections: usize,
+}
+
+/// The answer to `POST /upgrade`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Upgrading {
+    /// The process id of the agent that is to take over.
+    pub process: u32,
 }
 
 /// A program on its hook.

@@ -11,6 +11,7 @@ mod log;
 mod output;
 mod run;
 mod status;
+mod upgrade;
 mod validate;
 
 use std::{
@@ -36,7 +37,9 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the agent in the foreground until SIGTERM; SIGHUP reloads the configuration.
-    Run(ConfigArgs),
+    Run(run::RunArgs),
+    /// Replace the running agent by one of the program file as it is now, without losing a connection.
+    Upgrade(upgrade::UpgradeArgs),
     /// Check the configuration and the catalog without running anything.
     Validate(ConfigArgs),
     /// Say whether this host can run the agent, and what to do if not.
@@ -77,7 +80,8 @@ pub fn main() -> ExitCode {
         }
     };
     match cli.command {
-        Command::Run(args) => run::run(&args.config),
+        Command::Run(args) => run::run(&args),
+        Command::Upgrade(args) => upgrade::upgrade(&args),
         Command::Validate(args) => validate::validate(&args.config),
         Command::Check(args) => check::check(&args),
         Command::Status(args) => status::status(&args),

@@ -1,12 +1,24 @@
 //! `sidestep run`
 
-use std::{path::Path, process::ExitCode};
+use std::process::ExitCode;
 
-use super::{load_config, output};
+use clap::Args;
+
+use super::{ConfigArgs, load_config, output};
 use crate::{node, privileges, telemetry::log};
 
+#[derive(Debug, Args)]
+pub(super) struct RunArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Take over from the agent that runs with this admin socket, if there is one; it drains then.
+    #[arg(long)]
+    take_over: bool,
+}
+
 /// Runs the agent. What can be wrong is found before anything starts.
-pub(super) fn run(path: &Path) -> ExitCode {
+pub(super) fn run(args: &RunArgs) -> ExitCode {
+    let path = &args.config.config;
     let config = match load_config(path) {
         Ok(config) => config,
         Err(code) => return code,
@@ -31,7 +43,12 @@ pub(super) fn run(path: &Path) -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return output::failed(&error),
     };
-    match runtime.block_on(Box::pin(node::run(path.to_owned(), config, log))) {
+    match runtime.block_on(Box::pin(node::run(
+        path.clone(),
+        config,
+        log,
+        args.take_over,
+    ))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(error = %log::chain(&error), "the agent did not start");

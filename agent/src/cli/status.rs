@@ -202,7 +202,7 @@ fn expiry(now: Timestamp, not_after: Timestamp) -> String {
 }
 
 /// A duration in its two largest units.
-fn span(seconds: u64) -> String {
+pub(super) fn span(seconds: u64) -> String {
     let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86_400);
     match (days, hours, minutes) {
         (0, 0, 0) => format!("{seconds} s"),

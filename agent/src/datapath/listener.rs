@@ -8,6 +8,7 @@ use std::{
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use super::netns::Netns;
+use crate::sockets::{Kept, ListeningSockets, SocketKey};
 
 /// Bursts of connects must not overflow it; the kernel cuts it to `net.core.somaxconn` of the namespace.
 const BACKLOG: i32 = 4096;
@@ -19,25 +20,38 @@ pub struct CaptureListeners {
     pub v4: TcpListener,
     /// `::1`; `None` where the namespace has no IPv6.
     pub v6: Option<TcpListener>,
+    /// As long as they are to be handed over.
+    pub kept: Vec<Kept>,
 }
 
-/// Opens the listeners in `netns`.
+/// Opens the listeners in `netns`, or takes those that an agent before opened there.
 ///
 /// The IPv4 one is bound to the device `lo` and not to an address: it answers on every loopback address, and
 /// nothing that comes by another device reaches it.
 ///
 /// # Errors
 /// If the port is taken, or the namespace cannot be entered.
-pub fn listen(netns: &Netns, port: u16) -> io::Result<CaptureListeners> {
+pub fn listen(
+    netns: &Netns,
+    port: u16,
+    sockets: &ListeningSockets,
+) -> io::Result<CaptureListeners> {
     netns
         .run(|| {
-            let v4 = listen_on(SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)))?;
-            let v6 = match listen_on(SocketAddr::from((Ipv6Addr::LOCALHOST, port))) {
-                Ok(listener) => Some(listener),
+            let listen = |address: SocketAddr| {
+                sockets.listen(SocketKey::here(address)?, || listen_on(address))
+            };
+            let (v4, kept) = listen((Ipv4Addr::UNSPECIFIED, port).into())?;
+            let mut kept = vec![kept];
+            let v6 = match listen((Ipv6Addr::LOCALHOST, port).into()) {
+                Ok((listener, also_kept)) => {
+                    kept.push(also_kept);
+                    Some(listener)
+                }
                 Err(error) if has_no_ipv6(&error) => None,
                 Err(error) => return Err(error),
             };
-            Ok(CaptureListeners { v4, v6 })
+            Ok(CaptureListeners { v4, v6, kept })
         })
         .map_err(io::Error::other)?
 }

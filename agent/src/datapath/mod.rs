@@ -120,6 +120,11 @@ impl Datapath {
         Ok(())
     }
 
+    /// What makes its holder the agent of this node, if the datapath is pinned.
+    pub fn pin_lock(&self) -> Option<BorrowedFd<'_>> {
+        self.pins.as_ref().map(PinDirectory::lock_descriptor)
+    }
+
     fn attach(&self, wanted: &[Wanted]) -> Result<(), DatapathError> {
         let mut held = self.links.lock();
         links::attach(wanted, &self.programs, self.pins.as_ref(), &mut held)

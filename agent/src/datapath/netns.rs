@@ -90,7 +90,7 @@ impl Netns {
     pub fn cookie(&self) -> Result<NetnsCookie, NetnsError> {
         self.run(|| {
             let socket = Socket::new(Domain::UNIX, Type::DGRAM, None)?;
-            netns_cookie(&socket)
+            cookie_of(&socket)
         })?
         .map_err(self.fails("read the cookie of"))
     }
@@ -155,9 +155,12 @@ impl Netns {
 /// `NSFS_MAGIC` of `include/uapi/linux/magic.h`.
 const NSFS_MAGIC: rustix::fs::FsWord = 0x6e73_6673;
 
-/// `SO_NETNS_COOKIE`
+/// The cookie of the namespace that a socket was made in (`SO_NETNS_COOKIE`). Kernel 5.14.
+///
+/// # Errors
+/// If the kernel is older.
 #[expect(unsafe_code, reason = "no safe binding for this option")]
-fn netns_cookie(socket: &Socket) -> io::Result<NetnsCookie> {
+pub fn cookie_of(socket: &Socket) -> io::Result<NetnsCookie> {
     const SO_NETNS_COOKIE: libc::c_int = 71;
     let mut cookie = 0_u64;
     let mut length: libc::socklen_t = 8;

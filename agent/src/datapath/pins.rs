@@ -14,8 +14,8 @@ use std::{
     fs::{self, DirBuilder, File},
     io,
     os::{
-        fd::{AsFd as _, OwnedFd},
-        unix::fs::DirBuilderExt as _,
+        fd::{AsFd as _, BorrowedFd, OwnedFd},
+        unix::fs::{DirBuilderExt as _, MetadataExt as _},
     },
     path::{Path, PathBuf},
 };
@@ -37,7 +37,7 @@ const BPF_FS: &str = "/sys/fs/bpf";
 #[derive(Debug)]
 pub struct PinDirectory {
     path: PathBuf,
-    _lock: OwnedFd,
+    lock: OwnedFd,
 }
 
 /// The pins could not be used.
@@ -116,12 +116,31 @@ impl PinDirectory {
         Self::lock(path).map(Some)
     }
 
+    /// Opens the directory with the lock of the agent before; locks it anew if that is of another one.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn take_over(path: &Path, lock: OwnedFd) -> Result<Self, PinError> {
+        let identity = |file: File| file.metadata().map(|m| (m.dev(), m.ino())).ok();
+        let locked = lock.try_clone().ok().and_then(|lock| identity(lock.into()));
+        if locked.is_some() && locked == File::open(path).ok().and_then(identity) {
+            let path = path.to_owned();
+            return Ok(Self { path, lock });
+        }
+        Self::open(path)
+    }
+
+    /// What makes its holder the agent of this node.
+    pub fn lock_descriptor(&self) -> BorrowedFd<'_> {
+        self.lock.as_fd()
+    }
+
     fn lock(path: &Path) -> Result<Self, PinError> {
         let directory = File::open(path).map_err(PinError::io("open", path))?;
         match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(Self {
                 path: path.to_owned(),
-                _lock: directory.into(),
+                lock: directory.into(),
             }),
             Err(rustix::io::Errno::WOULDBLOCK) => Err(PinError::Held {
                 path: path.to_owned(),

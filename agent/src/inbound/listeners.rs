@@ -12,7 +12,10 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use super::Inbound;
-use crate::telemetry::log::chain;
+use crate::{
+    sockets::{Kept, ListeningSockets, SocketKey},
+    telemetry::log::chain,
+};
 
 /// Handshakes arrive in bursts when a peer restarts; the kernel cuts this to `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
@@ -23,7 +26,14 @@ pub struct TunnelListeners {
     inbound: Arc<Inbound>,
     address: IpAddr,
     shared_port: u16,
-    open: BTreeMap<u16, CancellationToken>,
+    sockets: ListeningSockets,
+    open: BTreeMap<u16, OpenPort>,
+}
+
+#[derive(Debug)]
+struct OpenPort {
+    closed: CancellationToken,
+    _kept: Kept,
 }
 
 /// A tunnel port that cannot be opened.
@@ -44,11 +54,13 @@ impl TunnelListeners {
         inbound: Arc<Inbound>,
         address: IpAddr,
         shared_port: u16,
+        sockets: ListeningSockets,
     ) -> Result<Self, TunnelListenError> {
         let mut listeners = Self {
             inbound,
             address,
             shared_port,
+            sockets,
             open: BTreeMap::new(),
         };
         listeners.start(shared_port)?;
@@ -62,7 +74,7 @@ impl TunnelListeners {
         self.open.retain(|port, listener| {
             let keep = *port == shared || declared.contains(port);
             if !keep {
-                listener.cancel();
+                listener.closed.cancel();
             }
             keep
         });
@@ -85,9 +97,17 @@ impl TunnelListeners {
 
     fn start(&mut self, port: u16) -> Result<(), TunnelListenError> {
         let address = SocketAddr::new(self.address, port);
-        let listener = listen(address).map_err(|source| TunnelListenError { address, source })?;
+        let failed = |source| TunnelListenError { address, source };
+        let key = SocketKey::here(address).map_err(failed)?;
+        let listened = self.sockets.listen(key, || listen(address));
+        let (listener, kept) = listened.map_err(failed)?;
+        let listener = TcpListener::from_std(listener).map_err(failed)?;
         let closed = CancellationToken::new();
-        self.open.insert(port, closed.clone());
+        let open = OpenPort {
+            closed: closed.clone(),
+            _kept: kept,
+        };
+        self.open.insert(port, open);
         let inbound = Arc::clone(&self.inbound);
         self.inbound.shutdown.spawn("tunnel listener", async move {
             tokio::select! {
@@ -100,14 +120,14 @@ impl TunnelListeners {
     }
 }
 
-fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
     let socket = Socket::new(
         Domain::for_address(address),
-        Type::STREAM.nonblocking(),
+        Type::STREAM.nonblocking().cloexec(),
         Some(Protocol::TCP),
     )?;
     socket.set_reuse_address(true)?;
     socket.bind(&SockAddr::from(address))?;
     socket.listen(BACKLOG)?;
-    TcpListener::from_std(socket.into())
+    Ok(socket.into())
 }

@@ -14,13 +14,11 @@ use tokio::{
     time::{Interval, MissedTickBehavior, interval},
 };
 
-use super::{Node, start};
+use super::{Node, start, supervisor::Watchdog};
 use crate::{
-    catalog::model::IntentionAction,
     config::{self, Config, IdentityConfig},
     datapath::{NetnsCookie, Undesired},
     inbound::{listeners::TunnelListeners, targets::Targets},
-    policy::Intentions,
     telemetry::log::chain,
 };
 
@@ -42,6 +40,7 @@ pub(super) struct Follower {
     behind: bool,
     look_for_namespaces: Interval,
     sweep: Interval,
+    watchdog: Watchdog,
 }
 
 impl Follower {
@@ -60,6 +59,7 @@ impl Follower {
             behind: false,
             look_for_namespaces: every(NAMESPACES),
             sweep: every(SWEEP.0),
+            watchdog: Watchdog::new(),
         }
     }
 
@@ -72,6 +72,7 @@ impl Follower {
         tokio::select! {
             Ok(()) = self.versions.changed() => self.apply_catalog(),
             _ = self.look_for_namespaces.tick() => {
+                self.watchdog.alive();
                 self.follow_namespaces();
                 if self.behind {
                     self.apply_catalog();
@@ -90,8 +91,7 @@ impl Follower {
         let node = Arc::clone(&self.node);
         let catalog = node.catalog.current();
         let config = node.config.load();
-        let intentions = Intentions::new(&catalog.snapshot.intentions, config.policy.default);
-        node.policy.replace(intentions);
+        node.decide_by(&catalog.snapshot.intentions);
         let targets = Targets::new(&catalog, &config.node.name, &node.local);
         self.tunnels.follow(&targets.ports());
         *node.tunnel_addresses.lock() = self.tunnels.addresses();
@@ -119,22 +119,7 @@ impl Follower {
         }
         node.outbound.balancer.retain(&catalog.snapshot);
         self.forget_certificates(&config);
-        self.cut_forbidden();
-    }
-
-    /// Cuts live connections that the intentions in force do not allow any more.
-    fn cut_forbidden(&self) {
-        let policy = self.node.policy.current();
-        let cut = self.node.connections.cut_forbidden(|connection| {
-            let decision = policy.decide(&connection.source, &connection.service);
-            match decision.action {
-                IntentionAction::Allow => None,
-                IntentionAction::Deny => Some(decision.reason.to_string()),
-            }
-        });
-        if cut > 0 {
-            tracing::info!(cut, "connections cut that intentions do not allow any more");
-        }
+        node.cut_forbidden();
     }
 
     /// Certificates are kept for services that are called from here or served here.

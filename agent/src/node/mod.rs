@@ -6,26 +6,42 @@
 mod follow;
 mod start;
 mod status;
+mod supervisor;
 
 pub(crate) use start::{certificate_authority, file_context, vip_pools};
 
-use std::{path::PathBuf, sync::Arc, time::SystemTime};
+use std::{
+    path::{Path, PathBuf},
+    pin::pin,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
-    catalog::{file, store::CatalogStore},
+    admin::status::PredecessorStatus,
+    catalog::{
+        file,
+        model::{Intention, IntentionAction},
+        store::CatalogStore,
+    },
     config::Config,
     connections::Connections,
     datapath::Datapath,
+    handover::{self, HandoverServer, Inheritance, Predecessor, Successor},
     identity::{LocalDomain, ca::BuiltinCa, certificates::Certificates},
     inbound::Inbound,
     lifecycle::Shutdown,
     outbound::{Outbound, listeners::CaptureNamespaces},
-    policy::PolicyStore,
-    telemetry::{Telemetry, log::LogHandle},
+    policy::{Intentions, PolicyStore},
+    sockets::ListeningSockets,
+    telemetry::{
+        Telemetry,
+        log::{LogHandle, chain},
+    },
 };
 
 /// The agent could not start, or not end in order.
@@ -70,46 +86,191 @@ struct Node {
     outbound: Arc<Outbound>,
     inbound: Arc<Inbound>,
     captures: CaptureNamespaces,
+    sockets: ListeningSockets,
+    /// The agent that this one took over from, while it drains.
+    predecessor: Mutex<Option<PredecessorStatus>>,
     /// Where tunnels are taken now.
     tunnel_addresses: Mutex<Vec<std::net::SocketAddr>>,
     local: LocalDomain,
     shutdown: Shutdown,
 }
 
-/// Runs the agent until SIGTERM or SIGINT, then drains it.
+impl Node {
+    /// Puts intentions in force, for connections to come.
+    fn decide_by(&self, intentions: &[Intention]) {
+        let default = self.config.load().policy.default;
+        self.policy.replace(Intentions::new(intentions, default));
+    }
+
+    /// Cuts live connections that the intentions in force do not allow any more.
+    fn cut_forbidden(&self) {
+        let policy = self.policy.current();
+        let cut = self.connections.cut_forbidden(|connection| {
+            let decision = policy.decide(&connection.source, &connection.service);
+            match decision.action {
+                IntentionAction::Allow => None,
+                IntentionAction::Deny => Some(decision.reason.to_string()),
+            }
+        });
+        if cut > 0 {
+            tracing::info!(cut, "connections cut that intentions do not allow any more");
+        }
+    }
+
+    /// Puts intentions in force, also for live connections.
+    fn enforce(&self, intentions: &[Intention]) {
+        self.decide_by(intentions);
+        self.cut_forbidden();
+    }
+}
+
+/// Why an agent ends.
+enum End {
+    /// A signal, by its name.
+    Signal(&'static str),
+    /// Another agent serves in its place.
+    Replaced(Successor),
+}
+
+/// Runs the agent until SIGTERM or SIGINT, or until another one takes over; then drains it.
+///
+/// With `take_over`, the agent that runs hands over to this one, if there is one.
 ///
 /// # Errors
 /// If it cannot start; once it runs, it does not give up.
-pub async fn run(path: PathBuf, config: Config, log: LogHandle) -> Result<(), NodeError> {
+pub async fn run(
+    path: PathBuf,
+    config: Config,
+    log: LogHandle,
+    take_over: bool,
+) -> Result<(), NodeError> {
     // Registered first: a signal during a slow start must not kill without cleaning up.
     let mut terminate =
         signal(SignalKind::terminate()).map_err(NodeError::when("watch SIGTERM"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(NodeError::when("watch SIGINT"))?;
     let mut hangup = signal(SignalKind::hangup()).map_err(NodeError::when("watch SIGHUP"))?;
 
-    let mut follower = start::start(path, config, log).await?;
+    let handover_socket = handover::socket_path(&config.admin.socket);
+    let (predecessor, inheritance) = inherit(&config, &handover_socket, take_over).await?;
+    let mut follower = start::start(path, config, log, inheritance).await?;
     let node = Arc::clone(follower.node());
+    let handover = HandoverServer::bind(&handover_socket)
+        .map_err(NodeError::when("wait for the next agent"))?;
+    if let Some(predecessor) = predecessor {
+        follow_predecessor(&node, predecessor).await;
+        // Until now both brought their catalog to the kernel, and the other may have been the last.
+        follower.apply_catalog();
+    }
+    node.sockets.store();
+    let status = format!("serving as node {}", node.config.load().node.name);
+    supervisor::ready(&status);
     tracing::info!(node = %node.config.load().node.name, "ready");
-    let reason = loop {
+
+    let mut next_agent = pin!(handover.next_agent(&node.sockets, node.datapath.pin_lock()));
+    let end = loop {
         tokio::select! {
-            _ = terminate.recv() => break "SIGTERM",
-            _ = interrupt.recv() => break "SIGINT",
-            _ = hangup.recv() => follower.reload(),
+            _ = terminate.recv() => break End::Signal("SIGTERM"),
+            _ = interrupt.recv() => break End::Signal("SIGINT"),
+            successor = &mut next_agent => break End::Replaced(successor),
+            _ = hangup.recv() => {
+                supervisor::reloading();
+                follower.reload();
+                supervisor::ready(&status);
+            }
             () = follower.next_change() => {}
         }
     };
-    let deadline = node.config.load().limits.drain_timeout;
     let cut = tokio::select! {
-        cut = node.shutdown.run(reason, deadline) => cut,
+        cut = drain(&node, &end) => cut,
         // The second time is meant.
-        _ = terminate.recv() => node.shutdown.run("second signal", std::time::Duration::ZERO).await,
-        _ = interrupt.recv() => node.shutdown.run("second signal", std::time::Duration::ZERO).await,
+        _ = terminate.recv() => node.shutdown.run("second signal", Duration::ZERO).await,
+        _ = interrupt.recv() => node.shutdown.run("second signal", Duration::ZERO).await,
     };
     tracing::info!(cut, "stopped");
-    node.telemetry
-        .access_log()
-        .flush(std::time::Duration::from_secs(1));
+    node.telemetry.access_log().flush(Duration::from_secs(1));
     Ok(())
+}
+
+/// What the agent before left: what a running one hands over, or what systemd kept of one that was killed.
+async fn inherit(
+    config: &Config,
+    handover_socket: &Path,
+    take_over: bool,
+) -> Result<(Option<Predecessor>, Inheritance), NodeError> {
+    if take_over && config.capture.pin_directory.is_some() {
+        let asked = Predecessor::ask(handover_socket)
+            .await
+            .map_err(NodeError::when("take over from the running agent"))?;
+        if let Some((predecessor, inheritance)) = asked {
+            let sockets = inheritance.sockets.len();
+            tracing::info!(process = predecessor.process, sockets, "taking over");
+            return Ok((Some(predecessor), inheritance));
+        }
+    }
+    let sockets = supervisor::inherited();
+    Ok((
+        None,
+        Inheritance {
+            sockets,
+            ..Inheritance::default()
+        },
+    ))
+}
+
+/// Lets the agent before go, and shows how far it has drained.
+async fn follow_predecessor(node: &Arc<Node>, predecessor: Predecessor) {
+    if let Err(error) = predecessor.retire().await {
+        tracing::warn!(error = %chain(&error), "the agent before did not confirm that it retires");
+        return;
+    }
+    let inner = Arc::clone(node);
+    node.shutdown.spawn_service("predecessor", async move {
+        let process = predecessor.process;
+        let draining = async {
+            while let Some(connections) = predecessor.draining().await {
+                *inner.predecessor.lock() = Some(PredecessorStatus {
+                    process,
+                    connections,
+                });
+            }
+            tracing::info!(process, "the agent before has ended");
+        };
+        tokio::select! {
+            () = draining => *inner.predecessor.lock() = None,
+            () = inner.shutdown.stopped() => {}
+        }
+    });
+}
+
+/// Takes nothing new and lets live connections end. Returns how many did not in time.
+async fn drain(node: &Node, end: &End) -> usize {
+    let deadline = node.config.load().limits.drain_timeout;
+    match end {
+        End::Signal(name) => {
+            node.sockets.close();
+            supervisor::stopping("draining");
+            node.shutdown.run(name, deadline).await
+        }
+        End::Replaced(successor) => {
+            node.sockets.give();
+            supervisor::replaced_by(successor.process);
+            node.shutdown.release_operators();
+            let reason = format!("replaced by process {}", successor.process);
+            let reports = async {
+                successor.confirm().await;
+                loop {
+                    successor.report(node.connections.count()).await;
+                    tokio::time::sleep(Duration::from_millis(500)).await;
+                }
+            };
+            tokio::select! {
+                // First: what is confirmed has happened.
+                biased;
+                cut = node.shutdown.run(reason, deadline) => cut,
+                cut = reports => cut,
+            }
+        }
+    }
 }
 
 /// Lines for people out of a file catalog's problems. Notes are none: what has no effect needs no repair.

@@ -1,6 +1,7 @@
 //! Building the parts, in the order in which each needs the ones before.
 
 use std::{
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::Arc,
     time::SystemTime,
@@ -11,7 +12,7 @@ use parking_lot::Mutex;
 
 use super::{Node, NodeError, follow::Follower, problem_lines, status};
 use crate::{
-    admin::AdminServer,
+    admin::{AdminServer, Existing},
     catalog::{
         file::{FileContext, FileSource, Loaded, Severity},
         store::CatalogStore,
@@ -20,6 +21,7 @@ use crate::{
     config::{CaConfig, Config, WorkloadConfig, WorkloadRule},
     connections::Connections,
     datapath::{Datapath, DatapathSettings, VipRanges, cgroup::Cgroup2, pins::PinDirectory},
+    handover::Inheritance,
     identity::{
         LocalDomain,
         ca::{BuiltinCa, CaFiles},
@@ -29,7 +31,7 @@ use crate::{
     },
     inbound::{
         Inbound, InboundSettings, NamespaceRule, Namespaces, deliver::Deliverer,
-        listeners::TunnelListeners,
+        listeners::TunnelListeners, targets::Targets,
     },
     lifecycle::Shutdown,
     outbound::{
@@ -38,6 +40,7 @@ use crate::{
         listeners::CaptureNamespaces,
     },
     policy::{Intentions, PolicyStore},
+    sockets::ListeningSockets,
     telemetry::{
         Telemetry,
         access_log::{AccessLog, LineFormat},
@@ -53,8 +56,11 @@ pub(super) async fn start(
     config_path: PathBuf,
     config: Config,
     log: LogHandle,
+    inheritance: Inheritance,
 ) -> Result<Follower, NodeError> {
     let shutdown = Shutdown::default();
+    let sockets = ListeningSockets::default();
+    sockets.inherit(inheritance.sockets);
     let cgroups = Arc::new(own_cgroup(&config)?);
     let telemetry = telemetry(&config)?;
     let (catalog, source, loaded) = catalog(&config);
@@ -65,11 +71,8 @@ pub(super) async fn start(
         Jitter::random(),
         shutdown.clone(),
     );
-    let policy = Arc::new(PolicyStore::new(Intentions::new(
-        &catalog.current().snapshot.intentions,
-        config.policy.default,
-    )));
-    let datapath = Arc::new(datapath(&config, &cgroups)?);
+    let policy = Arc::new(PolicyStore::new(intentions(&config, &catalog)));
+    let datapath = Arc::new(datapath(&config, &cgroups, inheritance.pin_lock)?);
     let local = LocalDomain::new(
         config.identity.trust_domain.clone(),
         config.node.datacenter.clone(),
@@ -93,7 +96,7 @@ pub(super) async fn start(
     });
     let inbound = Arc::new(Inbound {
         catalog: Arc::clone(&catalog),
-        targets: ArcSwap::default(),
+        targets: ArcSwap::from_pointee(Targets::new(&catalog.current(), &config.node.name, &local)),
         namespaces: ArcSwap::from_pointee(namespaces(&config.workloads)),
         policy: Arc::clone(&policy),
         certificates: certificates.clone(),
@@ -108,9 +111,11 @@ pub(super) async fn start(
         Arc::clone(&inbound),
         config.tunnel.listen,
         config.tunnel.port,
+        sockets.clone(),
     )
     .map_err(NodeError::when("open the tunnel port"))?;
-    let captures = CaptureNamespaces::new(Arc::clone(&outbound), config.capture.port);
+    let captures =
+        CaptureNamespaces::new(Arc::clone(&outbound), config.capture.port, sockets.clone());
     let node = Arc::new(Node {
         config_path,
         started_at: SystemTime::now(),
@@ -127,6 +132,8 @@ pub(super) async fn start(
         outbound,
         inbound,
         captures,
+        sockets,
+        predecessor: Mutex::default(),
         tunnel_addresses: Mutex::default(),
         local,
         shutdown,
@@ -137,7 +144,8 @@ pub(super) async fn start(
     watch_catalog(&node, source, loaded);
     log_refusals(&node)?;
     // Last: whoever gets an answer from the agent may count on capture.
-    serve_operators(&node).await?;
+    serve_operators(&node, inheritance.takes_over).await?;
+    node.sockets.close_unused();
     Ok(follower)
 }
 
@@ -207,6 +215,11 @@ fn catalog(config: &Config) -> (Arc<CatalogStore>, FileSource, Loaded) {
     (store, source, loaded)
 }
 
+fn intentions(config: &Config, catalog: &CatalogStore) -> Intentions {
+    let catalog = catalog.current();
+    Intentions::new(&catalog.snapshot.intentions, config.policy.default)
+}
+
 /// What the files may leave out, on this node.
 pub(crate) fn file_context(config: &Config) -> FileContext {
     FileContext {
@@ -238,10 +251,15 @@ fn publish(store: &CatalogStore, loaded: &Loaded) -> Vec<String> {
 fn watch_catalog(node: &Arc<Node>, source: FileSource, loaded: Loaded) {
     let (shutdown, inner) = (node.shutdown.clone(), Arc::clone(node));
     let publish = move |loaded: &Loaded| {
-        *inner.catalog_problems.lock() = publish(&inner.catalog, loaded);
+        if inner.shutdown.is_draining() {
+            // The rest may be another agent's already. What may not go on is this one's to end.
+            inner.enforce(&loaded.snapshot.intentions);
+        } else {
+            *inner.catalog_problems.lock() = publish(&inner.catalog, loaded);
+        }
     };
     node.shutdown
-        .spawn("file catalog", source.watch(loaded, shutdown, publish));
+        .spawn_service("file catalog", source.watch(loaded, shutdown, publish));
 }
 
 /// `[identity.ca]` as the CA takes it.
@@ -267,17 +285,23 @@ pub(crate) fn certificate_authority(config: &Config) -> Result<Arc<BuiltinCa>, N
         .map_err(NodeError::when("load the certificate authority"))
 }
 
-fn datapath(config: &Config, cgroups: &Cgroup2) -> Result<Datapath, NodeError> {
+fn datapath(
+    config: &Config,
+    cgroups: &Cgroup2,
+    pin_lock: Option<OwnedFd>,
+) -> Result<Datapath, NodeError> {
     let capture = &config.capture;
     let own = cgroups
         .own()
         .map_err(NodeError::when("find the agent's own cgroup"))?;
-    let pins = match &capture.pin_directory {
-        Some(path) => {
-            Some(PinDirectory::open(path).map_err(NodeError::when("take the pinned datapath"))?)
-        }
-        None => None,
+    let pins = match (&capture.pin_directory, pin_lock) {
+        (Some(path), Some(lock)) => Some(PinDirectory::take_over(path, lock)),
+        (Some(path), None) => Some(PinDirectory::open(path)),
+        (None, _) => None,
     };
+    let pins = pins
+        .transpose()
+        .map_err(NodeError::when("take the pinned datapath"))?;
     let settings = DatapathSettings {
         cgroups: capture
             .cgroups
@@ -335,7 +359,12 @@ pub(super) fn namespaces(workloads: &[WorkloadConfig]) -> Namespaces {
 }
 
 /// Metrics and the admin socket.
-async fn serve_operators(node: &Arc<Node>) -> Result<(), NodeError> {
+async fn serve_operators(node: &Arc<Node>, takes_over: bool) -> Result<(), NodeError> {
+    let existing = if takes_over {
+        Existing::Replace
+    } else {
+        Existing::Refuse
+    };
     let config = node.config.load_full();
     let metrics = Arc::clone(node.telemetry.metrics());
     let observed = Arc::downgrade(node);
@@ -346,24 +375,23 @@ async fn serve_operators(node: &Arc<Node>) -> Result<(), NodeError> {
             .unwrap_or_default()
     });
     if let Some(address) = config.telemetry.metrics {
-        let server = MetricsServer::bind(address)
-            .await
+        let server = MetricsServer::bind(address, &node.sockets)
             .map_err(NodeError::when("serve metrics"))?;
         let shutdown = node.shutdown.clone();
         node.shutdown.spawn_service("metrics", async move {
             server
-                .serve(metrics, async move { shutdown.stopped().await })
+                .serve(metrics, async move { shutdown.operators_released().await })
                 .await;
         });
     }
-    let admin = AdminServer::bind(&config.admin.socket)
+    let admin = AdminServer::bind(&config.admin.socket, existing)
         .await
         .map_err(NodeError::when("serve the admin socket"))?;
     let shutdown = node.shutdown.clone();
     let source = Arc::new(status::Operators(Arc::clone(node)));
     node.shutdown.spawn_service("admin", async move {
         admin
-            .serve(source, async move { shutdown.stopped().await })
+            .serve(source, async move { shutdown.operators_released().await })
             .await;
     });
     Ok(())

@@ -1,6 +1,9 @@
 //! What the agent says of itself, gathered from its parts.
 
-use std::{sync::Arc, time::SystemTime};
+use std::{
+    ffi::OsStr, io, os::unix::ffi::OsStrExt as _, path::PathBuf, process::Stdio, sync::Arc,
+    time::SystemTime,
+};
 
 use super::Node;
 use crate::{
@@ -32,10 +35,12 @@ impl StatusSource for Operators {
         let attachments = node.datapath.attachments();
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            process: std::process::id(),
             node: config.node.name.to_string(),
             started_at: Timestamp(node.started_at),
             uptime_seconds: since(node.started_at),
             draining: node.shutdown.is_draining(),
+            predecessor: *node.predecessor.lock(),
             kernel: rustix::system::uname()
                 .release()
                 .to_string_lossy()
@@ -86,6 +91,28 @@ impl StatusSource for Operators {
 
     fn metrics(&self) -> String {
         self.0.telemetry.metrics().render()
+    }
+
+    fn upgrade(&self) -> io::Result<u32> {
+        let node = &self.0;
+        let mut next = tokio::process::Command::new(own_program()?)
+            .args(["run", "--take-over", "--config"])
+            .arg(&node.config_path)
+            // They are about this process. The next one is told of by itself, or inherits by the handover.
+            .env_remove("WATCHDOG_PID")
+            .env_remove("LISTEN_PID")
+            .stdin(Stdio::null())
+            .spawn()?;
+        let process = next.id().unwrap_or_default();
+        tracing::info!(process, "next agent started");
+        let stopped = node.shutdown.clone();
+        node.shutdown.spawn_service("next agent", async move {
+            tokio::select! {
+                ended = next.wait() => tracing::error!(?ended, process, "the next agent ended"),
+                () = stopped.stopped() => {}
+            }
+        });
+        Ok(process)
     }
 
     fn set_log(&self, directives: &str) -> Result<(), LogError> {
@@ -255,4 +282,15 @@ fn workloads(node: &Node) -> Vec<WorkloadStatus> {
 
 fn since(then: SystemTime) -> u64 {
     then.elapsed().unwrap_or_default().as_secs()
+}
+
+/// The file of this program as it is now: an upgrade puts another one at its path.
+fn own_program() -> io::Result<PathBuf> {
+    let path = std::env::current_exe()?;
+    let name = path.as_os_str().as_encoded_bytes();
+    // proc_pid_exe(5): what the link says once the file was replaced.
+    Ok(match name.strip_suffix(b" (deleted)") {
+        Some(name) => OsStr::from_bytes(name).into(),
+        None => path,
+    })
 }

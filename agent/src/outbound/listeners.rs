@@ -19,6 +19,7 @@ use crate::{
         listener::{self, CaptureListeners},
         netns::{Netns, NetnsError},
     },
+    sockets::{Kept, ListeningSockets},
     telemetry::log::chain,
 };
 
@@ -27,6 +28,7 @@ use crate::{
 pub struct CaptureNamespaces {
     outbound: Arc<Outbound>,
     port: u16,
+    sockets: ListeningSockets,
     open: Mutex<BTreeMap<Place, OpenNamespace>>,
 }
 
@@ -45,6 +47,7 @@ struct OpenNamespace {
     identity: (u64, u64),
     cookie: NetnsCookie,
     closed: CancellationToken,
+    _kept: Vec<Kept>,
 }
 
 /// A namespace that cannot be captured in.
@@ -69,10 +72,11 @@ pub enum CaptureListenError {
 
 impl CaptureNamespaces {
     /// Nothing is open yet; see [`Self::open_host`] and [`Self::follow`].
-    pub fn new(outbound: Arc<Outbound>, port: u16) -> Self {
+    pub fn new(outbound: Arc<Outbound>, port: u16, sockets: ListeningSockets) -> Self {
         Self {
             outbound,
             port,
+            sockets,
             open: Mutex::default(),
         }
     }
@@ -154,13 +158,13 @@ impl CaptureNamespaces {
     fn start(&self, place: Place, netns: &Netns) -> Result<(), CaptureListenError> {
         let port = self.port;
         let failed = |source| CaptureListenError::Listen { port, source };
-        let listeners = listener::listen(netns, port).map_err(failed)?;
+        let listeners = listener::listen(netns, port, &self.sockets).map_err(failed)?;
         let (identity, cookie) = (netns.identity()?, netns.cookie()?);
         let datapath = &self.outbound.datapath;
         datapath
             .enrol_netns(cookie, &listeners)
             .map_err(CaptureListenError::Enrol)?;
-        let CaptureListeners { v4, v6 } = listeners;
+        let CaptureListeners { v4, v6, kept } = listeners;
         let closed = CancellationToken::new();
         for listener in std::iter::once(v4).chain(v6) {
             let listener = TcpListener::from_std(listener).map_err(failed)?;
@@ -181,6 +185,7 @@ impl CaptureNamespaces {
                 identity,
                 cookie,
                 closed,
+                _kept: kept,
             },
         );
         Ok(())

@@ -2,7 +2,7 @@
 
 use std::{
     fs, io,
-    os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _},
+    os::unix::fs::FileTypeExt as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -10,10 +10,13 @@ use std::{
 use hyper::{Method, StatusCode, Uri};
 use tokio::net::{UnixListener, UnixStream};
 
-use super::status::{ConnectionStatus, Status};
-use crate::telemetry::{
-    http::{self, Answer, answer, plain},
-    log::{LogError, chain},
+use super::status::{ConnectionStatus, Status, Upgrading};
+use crate::{
+    socket_file::SocketFile,
+    telemetry::{
+        http::{self, Answer, answer, plain},
+        log::{LogError, chain},
+    },
 };
 
 /// Root and the socket's group.
@@ -29,6 +32,13 @@ pub trait StatusSource: Send + Sync {
 
     /// The metrics page.
     fn metrics(&self) -> String;
+
+    /// Starts another agent that takes over from this one, out of the program file as it is now. Returns its
+    /// process id.
+    ///
+    /// # Errors
+    /// If it cannot be started; that it serves is seen by the status.
+    fn upgrade(&self) -> io::Result<u32>;
 
     /// Changes what is logged.
     ///
@@ -52,15 +62,6 @@ pub enum AdminError {
         /// The path.
         path: PathBuf,
     },
-    /// The directory cannot be made.
-    #[error("directory {} of the admin socket cannot be made", path.display())]
-    Directory {
-        /// The directory.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
     /// The socket cannot be made.
     #[error("admin socket {} cannot be made", path.display())]
     Bind {
@@ -70,6 +71,15 @@ pub enum AdminError {
         #[source]
         source: io::Error,
     },
+}
+
+/// What to do about an agent that answers on the socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Existing {
+    /// It is another agent: leave it its socket.
+    Refuse,
+    /// It hands over to this one.
+    Replace,
 }
 
 /// The API's listener. The socket is removed when it is dropped.
@@ -84,33 +94,15 @@ impl AdminServer {
     ///
     /// # Errors
     /// [`AdminError`]: one variant per step.
-    pub async fn bind(path: &Path) -> Result<Self, AdminError> {
-        if let Some(directory) = path.parent().filter(|d| !d.as_os_str().is_empty()) {
-            fs::create_dir_all(directory).map_err(|source| AdminError::Directory {
-                path: directory.to_owned(),
+    pub async fn bind(path: &Path, existing: Existing) -> Result<Self, AdminError> {
+        if existing == Existing::Refuse {
+            refuse_if_taken(path).await?;
+        }
+        let (listener, socket) = SocketFile::put(path, MODE, |path| UnixListener::bind(path))
+            .map_err(|source| AdminError::Bind {
+                path: path.to_owned(),
                 source,
             })?;
-        }
-        refuse_if_taken(path).await?;
-        let bind_error = |source| AdminError::Bind {
-            path: path.to_owned(),
-            source,
-        };
-        // Made under another name, and moved when its mode is right: nobody connects in between.
-        let unfinished = unfinished_name(path);
-        remove_if_present(&unfinished).map_err(bind_error)?;
-        let listener = UnixListener::bind(&unfinished).map_err(bind_error)?;
-        let finished = fs::set_permissions(&unfinished, fs::Permissions::from_mode(MODE))
-            .and_then(|()| fs::rename(&unfinished, path))
-            .and_then(|()| SocketFile::of(path));
-        let socket = match finished {
-            Ok(socket) => socket,
-            Err(error) => {
-                // The first error is the one to report.
-                let _left = remove_if_present(&unfinished);
-                return Err(bind_error(error));
-            }
-        };
         Ok(Self { listener, socket })
     }
 
@@ -129,12 +121,23 @@ fn respond(source: &dyn StatusSource, method: &Method, uri: &Uri) -> Answer {
         (&Method::GET, "/connections") => json(&source.connections()),
         (&Method::GET, "/metrics") => http::metrics_page(source.metrics()),
         (&Method::PUT, "/log") => set_log(source, uri.query()),
-        (_, "/status" | "/connections" | "/metrics" | "/log") => {
+        (&Method::POST, "/upgrade") => upgrade(source),
+        (_, "/status" | "/connections" | "/metrics" | "/log" | "/upgrade") => {
             plain(StatusCode::METHOD_NOT_ALLOWED, "method not allowed\n")
         }
         _ => plain(
             StatusCode::NOT_FOUND,
-            "there are GET /status, /connections, /metrics and PUT /log?level=\n",
+            "there are GET /status, /connections, /metrics, PUT /log?level= and POST /upgrade\n",
+        ),
+    }
+}
+
+fn upgrade(source: &dyn StatusSource) -> Answer {
+    match source.upgrade() {
+        Ok(process) => json(&Upgrading { process }),
+        Err(error) => plain(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            format!("start the next agent: {}\n", chain(&error)),
         ),
     }
 }
@@ -181,50 +184,6 @@ async fn refuse_if_taken(path: &Path) -> Result<(), AdminError> {
             source,
         }),
     }
-}
-
-fn unfinished_name(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(format!(".{}", std::process::id()));
-    name.into()
-}
-
-fn remove_if_present(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        Ok(()) | Err(_) => Ok(()),
-    }
-}
-
-/// The socket in the file system. Dropping removes it, if it is still the same.
-#[derive(Debug)]
-struct SocketFile {
-    path: PathBuf,
-    identity: (u64, u64),
-}
-
-impl SocketFile {
-    fn of(path: &Path) -> io::Result<Self> {
-        Ok(Self {
-            path: path.to_owned(),
-            identity: identity_of(path)?,
-        })
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        // A newer agent may have put its own socket here.
-        if identity_of(&self.path).is_ok_and(|identity| identity == self.identity)
-            && let Err(error) = fs::remove_file(&self.path)
-        {
-            tracing::debug!(error = %chain(&error), "admin socket was not removed");
-        }
-    }
-}
-
-fn identity_of(path: &Path) -> io::Result<(u64, u64)> {
-    fs::symlink_metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
 impl http::Accept for UnixListener {

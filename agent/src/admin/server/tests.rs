@@ -1,5 +1,6 @@
 //! The API through its own client, and what may be in the socket's place.
 
+use std::os::unix::fs::PermissionsExt as _;
 use std::{collections::BTreeMap, time::Duration};
 
 use parking_lot::Mutex;
@@ -22,6 +23,8 @@ struct Fake {
 fn example() -> Status {
     Status {
         version: "0.1.0".to_owned(),
+        process: 1,
+        predecessor: None,
         node: "a".to_owned(),
         started_at: Timestamp(std::time::UNIX_EPOCH + Duration::from_millis(1_790_000_000_500)),
         uptime_seconds: 60,
@@ -73,6 +76,10 @@ impl StatusSource for Fake {
         "# EOF\n".to_owned()
     }
 
+    fn upgrade(&self) -> io::Result<u32> {
+        Err(io::Error::other("no next agent"))
+    }
+
     fn set_log(&self, directives: &str) -> Result<(), LogError> {
         self.log.lock().push(directives.to_owned());
         Ok(())
@@ -86,7 +93,7 @@ impl StatusSource for Fake {
 async fn with_server(test: impl AsyncFnOnce(&Path, &Fake)) {
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("run/sidestep/admin.sock");
-    let server = AdminServer::bind(&socket).await.unwrap();
+    let server = AdminServer::bind(&socket, Existing::Refuse).await.unwrap();
     let source = Arc::new(Fake::default());
     let (stop, stopped) = oneshot::channel::<()>();
     let serving = tokio::spawn(server.serve(Arc::<Fake>::clone(&source), async {
@@ -160,7 +167,9 @@ async fn only_root_and_its_group_reach_the_socket() {
 #[tokio::test]
 async fn running_agent_keeps_its_socket() {
     with_server(async |socket, _| {
-        let error = AdminServer::bind(socket).await.unwrap_err();
+        let error = AdminServer::bind(socket, Existing::Refuse)
+            .await
+            .unwrap_err();
         assert!(matches!(error, AdminError::InUse { .. }), "{error}");
         client::get(socket, "/status").await.unwrap();
     })
@@ -173,7 +182,7 @@ async fn socket_of_a_killed_agent_is_replaced() {
     let socket = directory.path().join("admin.sock");
     drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
     assert!(socket.exists());
-    let server = AdminServer::bind(&socket).await.unwrap();
+    let server = AdminServer::bind(&socket, Existing::Refuse).await.unwrap();
     // Made of one name and moved: nothing else is left in the directory.
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
     drop(server);
@@ -185,7 +194,9 @@ async fn other_files_are_not_removed() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("admin.sock");
     fs::write(&path, "precious").unwrap();
-    let error = AdminServer::bind(&path).await.unwrap_err();
+    let error = AdminServer::bind(&path, Existing::Refuse)
+        .await
+        .unwrap_err();
     assert!(matches!(error, AdminError::NotASocket { .. }), "{error}");
     assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
 }

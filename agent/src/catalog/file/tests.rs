@@ -345,7 +345,7 @@ impl Watched {
         let mut source = directory.source();
         let first = source.load();
         let publish = move |loaded: &Loaded| send.send(loaded.clone()).unwrap();
-        shutdown.spawn("watch", source.watch(first, shutdown.clone(), publish));
+        shutdown.spawn_service("watch", source.watch(first, shutdown.clone(), publish));
         Self {
             published,
             shutdown,

@@ -24,7 +24,7 @@ const LATEST: Duration = Duration::from_secs(2);
 const RESCAN: Duration = Duration::from_secs(30);
 
 impl FileSource {
-    /// Publishes what the directory says after each settled change, if it says something else, until draining.
+    /// Publishes what the directory says after each settled change, if it says something else, until all has drained.
     ///
     /// `last` is what was published before.
     pub async fn watch(mut self, mut last: Loaded, shutdown: Shutdown, publish: impl Fn(&Loaded)) {
@@ -48,7 +48,7 @@ impl FileSource {
             tokio::select! {
                 // Shutdown first, so that constant change does not hold it up.
                 biased;
-                () = shutdown.draining() => return,
+                () = shutdown.stopped() => return,
                 () = changed => {}
                 () = tokio::time::sleep(RESCAN) => {}
             }

@@ -23,6 +23,7 @@ use tokio::{
 use tracing::Instrument as _;
 
 use super::{log::chain, metrics::Metrics};
+use crate::sockets::{Kept, ListeningSockets, SocketKey};
 
 /// Connections served at a time; more wait to be accepted.
 const CONNECTIONS_MAX: usize = 16;
@@ -72,6 +73,7 @@ pub struct MetricsListenError {
 #[derive(Debug)]
 pub struct MetricsServer {
     listener: TcpListener,
+    _kept: Kept,
 }
 
 impl MetricsServer {
@@ -79,11 +81,24 @@ impl MetricsServer {
     ///
     /// # Errors
     /// If it cannot be listened on.
-    pub async fn bind(address: SocketAddr) -> Result<Self, MetricsListenError> {
-        let listener = TcpListener::bind(address)
-            .await
-            .map_err(|source| MetricsListenError { address, source })?;
-        Ok(Self { listener })
+    pub fn bind(
+        address: SocketAddr,
+        sockets: &ListeningSockets,
+    ) -> Result<Self, MetricsListenError> {
+        let listen = || {
+            let key = SocketKey::here(address)?;
+            let (listener, kept) = sockets.listen(key, || {
+                let listener = std::net::TcpListener::bind(address)?;
+                listener.set_nonblocking(true)?;
+                Ok(listener)
+            })?;
+            Ok((TcpListener::from_std(listener)?, kept))
+        };
+        let (listener, kept) = listen().map_err(|source| MetricsListenError { address, source })?;
+        Ok(Self {
+            listener,
+            _kept: kept,
+        })
     }
 
     /// Where it listens; tells the port if 0 was asked for.

@@ -13,9 +13,8 @@ use crate::telemetry::series::SeriesLimits;
     reason = "the test ends its tasks by itself"
 )]
 async fn with_server(test: impl AsyncFnOnce(SocketAddr)) {
-    let server = MetricsServer::bind("127.0.0.1:0".parse().unwrap())
-        .await
-        .unwrap();
+    let server =
+        MetricsServer::bind("127.0.0.1:0".parse().unwrap(), &ListeningSockets::default()).unwrap();
     let address = server.local_addr().unwrap();
     let metrics = Arc::new(Metrics::new(SeriesLimits::default(), "1"));
     let (stop, stopped) = oneshot::channel::<()>();

@@ -3,6 +3,7 @@
 use std::{
     io::{ErrorKind, Read as _, Write as _},
     net::{Shutdown, SocketAddr, TcpStream},
+    path::Path,
     time::Duration,
 };
 
@@ -57,8 +58,9 @@ pub(crate) fn read(address: SocketAddr) -> Result<()> {
     }))
 }
 
-/// Sends `bytes` bytes, closes that direction and reads the answer to its end.
-pub(crate) fn upload(address: SocketAddr, bytes: u64) -> Result<()> {
+/// Sends `bytes` bytes, closes that direction and reads the answer to its end. With `hold`, says `up` after the first
+/// half, and sends the second one when that file is gone.
+pub(crate) fn upload(address: SocketAddr, bytes: u64, hold: Option<&Path>) -> Result<()> {
     let clock = Stopwatch::start();
     let mut stream =
         TcpStream::connect(address).with_context(|| format!("connecting to {address}"))?;
@@ -67,7 +69,16 @@ pub(crate) fn upload(address: SocketAddr, bytes: u64) -> Result<()> {
     let mut noise = Noise(bytes | 1);
     let mut buffer = vec![0; 256 * 1024];
     let mut left = bytes;
+    let mut hold = hold;
     while left > 0 {
+        if left <= bytes / 2
+            && let Some(file) = hold.take()
+        {
+            say("up")?;
+            while file.exists() {
+                pause(Duration::from_millis(10));
+            }
+        }
         noise.fill(&mut buffer);
         let count = usize::try_from(left)?.min(buffer.len());
         let chunk = buffer.get(..count).unwrap_or_default();

@@ -52,7 +52,7 @@ pub(crate) fn ask(file: &str, threads: u64, count: u64) -> Result<()> {
     }))
 }
 
-fn ask_name(address: SocketAddr) -> io::Result<String> {
+pub(crate) fn ask_name(address: SocketAddr) -> io::Result<String> {
     let mut stream = TcpStream::connect(address)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     let mut name = String::new();

@@ -6,11 +6,13 @@ mod janitor;
 mod servers;
 mod clients;
 mod load;
+mod storm;
 
 use std::{
     env,
     io::{self, Write as _},
     net::SocketAddr,
+    path::Path,
     process::ExitCode,
     str::FromStr,
 };
@@ -29,9 +31,10 @@ usage: sidestep-peer MODE ARGUMENT...
   reset ADDRESS                    read one byte, then reset the connection
   sink ADDRESS                     read and forget
   read ADDRESS                     connect and read to the end
-  upload ADDRESS BYTES             send, close that direction, read the answer
+  upload ADDRESS BYTES [FILE]      send, the second half once FILE is gone, close that direction, read the answer
   live ADDRESS                     exchange bytes until it fails
   ask FILE THREADS COUNT           COUNT connections to the targets in FILE, checking the names that answer
+  storm FILE THREADS RATE          like ask, RATE connections a second, until FILE is gone; tells when each failed
   hold FILE THREADS COUNT          as many connections to echo servers at once, all used, then closed
   pour ADDRESS THREADS SECONDS     send as fast as it goes
   cycle ADDRESS THREADS SECONDS    connect, exchange one byte, close, again";
@@ -61,9 +64,13 @@ fn dispatch(arguments: &[String]) -> Result<()> {
         ["reset", address] => servers::reset(parsed(address)?),
         ["sink", address] => servers::sink(parsed(address)?),
         ["read", address] => clients::read(parsed(address)?),
-        ["upload", address, bytes] => clients::upload(parsed(address)?, parsed(bytes)?),
+        ["upload", address, bytes] => clients::upload(parsed(address)?, parsed(bytes)?, None),
+        ["upload", address, bytes, hold] => {
+            clients::upload(parsed(address)?, parsed(bytes)?, Some(Path::new(hold)))
+        }
         ["live", address] => clients::live(parsed(address)?),
         ["ask", file, threads, count] => load::ask(file, parsed(threads)?, parsed(count)?),
+        ["storm", file, threads, rate] => storm::storm(file, parsed(threads)?, parsed(rate)?),
         ["hold", file, threads, count] => load::hold(file, parsed(threads)?, parsed(count)?),
         ["pour", address, threads, seconds] => {
             load::pour(parsed(address)?, parsed(threads)?, parsed(seconds)?)

@@ -1,6 +1,7 @@
 //! Agents that are killed, restarted and replaced.
 
 mod away;
+mod replaced;
 
 use super::{Claim, Topic};
 
@@ -12,6 +13,8 @@ pub const TOPIC: Topic = Topic {
     claims: claims! {
         away::a_killed_agent_fails_closed: "while a killed agent is away, calls are refused at once; the next agent serves them through the same links and maps";
         away::a_broken_catalog_at_start_takes_nothing_away: "an agent that starts with a broken catalog file leaves in the kernel what that file said before";
+        replaced::an_upgrade_loses_no_connection: "`sidestep upgrade` under load: no connection fails, and what was live ends with all its bytes";
+        replaced::a_kill_costs_only_the_time_away: "kill -9 under load: connections fail only while an agent is away, and none reaches a wrong service";
         away::detach_leaves_a_clean_host: "`sidestep detach` refuses while an agent runs, and leaves nothing of one that has ended";
     },
 };
