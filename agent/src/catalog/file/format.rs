@@ -4,6 +4,8 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use super::expressions;
+
 /// The languages a catalog file may be written in, by its extension.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Format {
@@ -37,7 +39,10 @@ pub(super) fn parse(format: Format, text: &str) -> Result<Vec<Value>, String> {
             .map_err(|error| error.without_snippet().to_string())?,
         Format::Json if text.trim().is_empty() => Vec::new(),
         Format::Json => vec![serde_json::from_str(text).map_err(|error| error.to_string())?],
-        Format::Hcl => vec![hcl::from_str(text).map_err(|error| hcl_error(&error))?],
+        Format::Hcl => {
+            expressions::refuse(text)?;
+            vec![hcl::from_str(text).map_err(|error| hcl_error(&error))?]
+        }
     };
     let flattened = documents.into_iter().flat_map(|document| match document {
         Value::Array(documents) => documents,

@@ -5,6 +5,7 @@
 
 pub(crate) mod content;
 mod entries;
+mod expressions;
 mod format;
 mod scan;
 #[cfg(test)]
