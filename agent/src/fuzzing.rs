@@ -29,13 +29,14 @@ use crate::{
         store::CatalogStore,
         vip::{VipAllocator, VipPools},
     },
-    config,
+    config::{self, WorkloadConfig, WorkloadRule},
     datapath::{Captured, Refused, cgroup},
     identity::{
         LocalDomain,
         provider::TrustBundle,
         spiffe::{SpiffeId, TrustDomain},
         verify::{ExpectedServer, TrustDomainClients, certificate_identity},
+        workload::WorkloadResolver,
     },
     inbound::targets::Targets,
     telemetry::process::resident_in,
@@ -49,6 +50,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("catalog_hcl", catalog_hcl),
     ("catalog_json", catalog_json),
     ("catalog_yaml", catalog_yaml),
+    ("cgroup_path", cgroup_path),
     ("config_toml", config_toml),
     ("connect_decision", connect_decision),
     ("kernel_records", kernel_records),
@@ -332,6 +334,57 @@ pub fn proc_files(bytes: &[u8]) {
         let expected = Path::new(OsStr::from_bytes(&path));
         assert_eq!(cgroup::mount_point(&line).as_deref(), Some(expected));
     }
+}
+
+static WORKLOADS: LazyLock<Vec<WorkloadConfig>> = LazyLock::new(|| {
+    let rules = [
+        ("cgroup", WorkloadRule::Cgroup("/a/b".into())),
+        ("unit", WorkloadRule::Unit("web".to_owned())),
+        ("slice", WorkloadRule::Unit("batch.slice".to_owned())),
+        ("user", WorkloadRule::User(1000)),
+    ];
+    let workload = |(service, rule)| WorkloadConfig {
+        service: right(service),
+        instance: None,
+        rule,
+    };
+    rules.into_iter().map(workload).collect()
+});
+
+/// The path of a caller's cgroup, of which others choose the last names: a service comes of the names that only
+/// root can give, however the rest is called.
+pub fn cgroup_path(bytes: &[u8]) {
+    let path = Path::new(OsStr::from_bytes(bytes)).to_owned();
+    #[expect(clippy::expect_used, reason = "of constants of this file")]
+    let resolver = WorkloadResolver::new(&WORKLOADS, move |_| Some(path.clone()))
+        .expect("the rules of the fuzz targets");
+    let caller = Captured::from(Origin {
+        uid: 1000,
+        ..Origin::default()
+    });
+    let service = resolver.resolve(&caller).map(|name| name.to_string());
+
+    let names: Vec<&[u8]> = bytes
+        .split(|byte| *byte == b'/')
+        .filter(|name| !matches!(*name, b"" | b"." | b".."))
+        .collect();
+    let slices = names
+        .iter()
+        .take_while(|name| name.len() > 6 && name.ends_with(b".slice"))
+        .count();
+    let unit = names
+        .iter()
+        .take(slices + 1)
+        .rposition(|name| matches!(*name, b"web.service" | b"batch.slice"));
+    let expected = match unit {
+        Some(at) if at >= 2 || !names.starts_with(&[b"a", b"b"]) => match names.get(at) {
+            Some(&b"web.service") => "unit",
+            _ => "slice",
+        },
+        _ if names.starts_with(&[b"a", b"b"]) => "cgroup",
+        _ => "user",
+    };
+    assert_eq!(service.as_deref(), Ok(expected));
 }
 
 /// `mangle()` of the kernel's `fs/proc_namespace.c`, which shows mounts.

@@ -91,8 +91,8 @@ impl Rules {
             let Component::Normal(name) = component else {
                 continue;
             };
-            let name = name.to_str()?;
-            if let Some(service) = self.units.get(name) {
+            // A name may be any bytes. One that is no text is no unit of a rule, but may be below one.
+            if let Some(service) = name.to_str().and_then(|name| self.units.get(name)) {
                 found = Some((depth + 1, service));
             }
             if Path::new(name).extension() != Some(OsStr::new("slice")) {

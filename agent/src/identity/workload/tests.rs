@@ -1,8 +1,12 @@
 //! Tests of the resolver and its rules.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
+use std::{
+    ffi::OsStr,
+    os::unix::ffi::OsStrExt as _,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use super::*;
@@ -91,6 +95,20 @@ fn units_match_only_below_slices() {
     );
     check(&rules, "/system.slice/docker-1.scope/web.service", None);
     check(&rules, "/mine/web.service", None);
+}
+
+#[test]
+fn a_name_of_any_bytes_leads_out_of_no_unit() {
+    let rules = [
+        unit("all", "apps.slice"),
+        rule("user", WorkloadRule::User(0)),
+    ];
+    for below in [&b"caf\xe9"[..], b"caf\xe9.slice/x"] {
+        let path = Path::new("/apps.slice").join(OsStr::from_bytes(below));
+        let resolver = WorkloadResolver::new(&rules, move |_| Some(path.clone())).unwrap();
+        let service = resolver.resolve(&captured(5, HOST, 0)).unwrap();
+        assert_eq!(service.as_str(), "all");
+    }
 }
 
 #[test]
