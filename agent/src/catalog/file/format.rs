@@ -153,6 +153,29 @@ mod tests {
         assert_eq!(parse(Format::Hcl, hcl).unwrap(), [expected]);
     }
 
+    /// A stack that overflows ends the process, and the test with it.
+    #[test]
+    fn deep_nesting_is_refused() {
+        for (format, before, level) in [
+            (Format::Yaml, "", "["),
+            (Format::Yaml, "", "{a: "),
+            (Format::Yaml, "", "- "),
+            (Format::Yaml, "", "? "),
+            (Format::Json, "", "["),
+            (Format::Json, "", "{\"a\":"),
+            (Format::Hcl, "", "a {\n"),
+            (Format::Hcl, "a = ", "["),
+            (Format::Hcl, "a = ", "{ a = "),
+            (Format::Hcl, "a = ", "\"${"),
+            (Format::Hcl, "a = ", "\"%{ if a }"),
+            (Format::Hcl, "a = ", "("),
+            (Format::Hcl, "a = ", "f("),
+        ] {
+            let text = format!("{before}{}", level.repeat(100_000));
+            assert!(parse(format, &text).is_err(), "{before}{level}");
+        }
+    }
+
     #[test]
     fn yaml_may_hold_several_documents() {
         assert_eq!(
