@@ -90,6 +90,24 @@ pub(crate) fn check(step: &Step, seconds: u64) -> Result<String> {
     Ok(format!("{} targets, {executions} inputs", targets.len()))
 }
 
+/// Whether the targets' lock file knows what the agent depends on.
+///
+/// # Errors
+/// If it does not: with how to renew it.
+pub(crate) fn check_lock(step: &Step) -> Result<String> {
+    step.run(&mut build::cargo(&[
+        "fetch",
+        "--locked",
+        "--manifest-path",
+        "fuzz/Cargo.toml",
+    ]))
+    .context(
+        "if the agent's dependencies have changed: cp Cargo.lock fuzz/Cargo.lock, then \
+         cargo fetch --manifest-path fuzz/Cargo.toml",
+    )?;
+    Ok(String::new())
+}
+
 /// The names of all targets, or those asked for.
 fn wanted(names: &[String]) -> Result<Vec<String>> {
     let seeds = build::workspace().join("fuzz/seeds");
@@ -126,16 +144,7 @@ impl Fuzzer {
             step.run(&mut install)?;
         }
         // cargo-fuzz cannot be told to leave the lock file alone.
-        step.run(&mut build::cargo(&[
-            "fetch",
-            "--locked",
-            "--manifest-path",
-            "fuzz/Cargo.toml",
-        ]))
-        .context(
-            "if its dependencies have changed: cp Cargo.lock fuzz/Cargo.lock, then \
-             cargo fetch --manifest-path fuzz/Cargo.toml",
-        )?;
+        check_lock(step)?;
         step.run(&mut fuzzer.command("build", &[]))?;
         Ok(fuzzer)
     }

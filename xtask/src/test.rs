@@ -39,6 +39,7 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
     if filters.is_empty() {
         report.cargo("format", &["fmt", "--all", "--check"]);
         report.check("format of the other workspaces", other_formats);
+        report.check("lock file of the fuzz targets", fuzz::check_lock);
     }
     report.check("eBPF programs", |_step| {
         build::ebpf_programs().map(|_object| String::new())
