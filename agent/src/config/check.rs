@@ -75,6 +75,12 @@ pub(super) fn check(raw: raw::Config, merged: &Merged) -> Result<Config, ConfigE
     let c = &mut checker;
     let name = node_name(c, raw.node.name);
     datacenter(c, &raw.node.datacenter);
+    if let Some(address) = raw.node.address {
+        let unicast = !address.is_unspecified() && !address.is_multicast();
+        c.expect(unicast, "node.address", || {
+            format!("{address}: expected an address at which other nodes reach this one")
+        });
+    }
     c.absolute("node.state_dir", &raw.node.state_dir);
     if let Some(cgroup) = &raw.agent.cgroup {
         c.cgroup("agent.cgroup", cgroup);
@@ -92,7 +98,14 @@ pub(super) fn check(raw: raw::Config, merged: &Merged) -> Result<Config, ConfigE
         format!("{}: expected another port than capture.port", tunnel.port)
     });
     let limits = limits(c, &raw.limits);
-    let telemetry = telemetry(c, raw.telemetry, capture.port);
+    let telemetry = telemetry(c, raw.telemetry);
+    if let Some(address) = telemetry.metrics {
+        for (other, port) in [("capture.port", capture.port), ("tunnel.port", tunnel.port)] {
+            c.expect(address.port() != port, "telemetry.metrics", || {
+                format!("{address}: expected another port than {other}")
+            });
+        }
+    }
     c.absolute("admin.socket", &raw.admin.socket);
 
     match name {
@@ -354,6 +367,11 @@ fn tunnel(c: &mut Checker<'_>, raw: &raw::Tunnel, address: Option<IpAddr>) -> Tu
     c.expect(raw.port != 0, "tunnel.port", || {
         "0: expected a port from 1 to 65535".to_owned()
     });
+    if let Some(listen) = raw.listen {
+        c.expect(!listen.is_multicast(), "tunnel.listen", || {
+            format!("{listen}: expected an address of this node, or 0.0.0.0")
+        });
+    }
     let least = Duration::from_millis(10);
     c.at_least("tunnel.connect_timeout", raw.connect_timeout.0, least);
     c.at_least("tunnel.handshake_timeout", raw.handshake_timeout.0, least);
@@ -388,14 +406,9 @@ fn limits(c: &mut Checker<'_>, raw: &raw::Limits) -> LimitsConfig {
     }
 }
 
-fn telemetry(c: &mut Checker<'_>, raw: raw::Telemetry, capture_port: u16) -> TelemetryConfig {
+fn telemetry(c: &mut Checker<'_>, raw: raw::Telemetry) -> TelemetryConfig {
     if let Err(error) = log::parse(&raw.log) {
         c.problem("telemetry.log", format!("{:?}: {}", raw.log, error));
-    }
-    if let raw::Metrics::At(address) = raw.metrics {
-        c.expect(address.port() != capture_port, "telemetry.metrics", || {
-            format!("{address}: expected another port than capture.port")
-        });
     }
     let access_log = match raw.access_log.as_str() {
         "off" => AccessLog::Off,

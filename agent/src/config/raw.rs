@@ -2,6 +2,7 @@
 
 use std::{
     fmt,
+    marker::PhantomData,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
     time::Duration,
@@ -10,7 +11,7 @@ use std::{
 use ipnet::{Ipv4Net, Ipv6Net};
 use serde::{
     Deserialize, Deserializer,
-    de::{Error as _, Visitor},
+    de::{Error as _, SeqAccess, Visitor},
 };
 
 use crate::{
@@ -32,7 +33,7 @@ pub(super) struct Config {
     pub(super) identity: Identity,
     #[serde(default)]
     pub(super) policy: Policy,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "workloads")]
     pub(super) workload: Vec<Workload>,
     #[serde(default)]
     pub(super) tunnel: Tunnel,
@@ -74,6 +75,7 @@ pub(super) struct Agent {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Capture {
+    #[serde(deserialize_with = "paths")]
     pub(super) cgroups: Vec<PathBuf>,
     #[serde(default = "capture_port", deserialize_with = "port")]
     pub(super) port: u16,
@@ -166,7 +168,7 @@ pub(super) struct Ca {
     pub(super) key: PathBuf,
     pub(super) passphrase_file: Option<PathBuf>,
     /// Empty: the CA certificate itself is the root.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "paths")]
     pub(super) roots: Vec<PathBuf>,
 }
 
@@ -366,6 +368,44 @@ impl<T> Visitor<'_> for Text<T> {
     fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<T, E> {
         (self.parse)(text)
             .ok_or_else(|| E::custom(format_args!("{text:?}: expected {}", self.expected)))
+    }
+}
+
+fn paths<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<PathBuf>, D::Error> {
+    from.deserialize_seq(List::expected("a list of paths in brackets"))
+}
+
+fn workloads<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Workload>, D::Error> {
+    from.deserialize_seq(List::expected("blocks that begin with [[workload]]"))
+}
+
+struct List<T> {
+    expected: &'static str,
+    of: PhantomData<T>,
+}
+
+impl<T> List<T> {
+    fn expected(expected: &'static str) -> Self {
+        Self {
+            expected,
+            of: PhantomData,
+        }
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for List<T> {
+    type Value = Vec<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.expected)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<T>, A::Error> {
+        let mut list = Vec::new();
+        while let Some(element) = seq.next_element()? {
+            list.push(element);
+        }
+        Ok(list)
     }
 }
 

@@ -106,6 +106,14 @@ fn a_value_of_the_wrong_kind_names_what_was_expected() {
             "node.address: \"192.0.2\": expected an IP address",
         ),
         (
+            "[capture]\ncgroups = \"/mesh\"",
+            "capture.cgroups: invalid type: string \"/mesh\", expected a list of paths in brackets",
+        ),
+        (
+            "[workload]\nservice = \"web\"",
+            "workload: invalid type: map, expected blocks that begin with [[workload]]",
+        ),
+        (
             "[tunnel]\nlisten = \"localhost\"",
             "tunnel.listen: \"localhost\": expected an IP address",
         ),
@@ -169,6 +177,18 @@ fn a_value_that_cannot_be_used_is_named_with_what_was_expected() {
         (
             "[telemetry]\nlog = \"info,sidestep::relay\"",
             "telemetry.log: \"info,sidestep::relay\": ",
+        ),
+        (
+            "[node]\naddress = \"::\"",
+            "node.address: ::: expected an address at which other nodes reach this one",
+        ),
+        (
+            "[tunnel]\nlisten = \"224.0.0.1\"",
+            "tunnel.listen: 224.0.0.1: expected an address of this node",
+        ),
+        (
+            "[telemetry]\nmetrics = \"127.0.0.1:15443\"",
+            "telemetry.metrics: 127.0.0.1:15443: expected another port than tunnel.port",
         ),
         (
             "[telemetry]\nmetrics = \"127.0.0.1:15001\"",
