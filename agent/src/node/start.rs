@@ -63,7 +63,7 @@ pub(super) async fn start(
     sockets.inherit(inheritance.sockets);
     let cgroups = Arc::new(own_cgroup(&config)?);
     let telemetry = telemetry(&config)?;
-    let (catalog, source, loaded) = catalog(&config);
+    let (catalog, source, loaded, problems) = catalog(&config);
     let ca = certificate_authority(&config)?;
     let certificates = Certificates::new(
         Arc::<BuiltinCa>::clone(&ca),
@@ -122,7 +122,7 @@ pub(super) async fn start(
         log,
         telemetry,
         catalog,
-        catalog_problems: Mutex::new(problem_lines(&loaded.problems)),
+        catalog_problems: Mutex::new(problems),
         policy,
         ca,
         ca_problem: Mutex::default(),
@@ -201,7 +201,8 @@ pub(crate) fn vip_pools(config: &Config) -> VipPools {
     }
 }
 
-fn catalog(config: &Config) -> (Arc<CatalogStore>, FileSource, Loaded) {
+/// The first catalog in force, what it comes from, and what is wrong with it.
+fn catalog(config: &Config) -> (Arc<CatalogStore>, FileSource, Loaded, Vec<String>) {
     let state_file = config.node.state_dir.join("virtual-addresses.json");
     let quarantine = config.catalog.vip_quarantine;
     let (allocator, damaged) = VipAllocator::new(vip_pools(config), Some(state_file), quarantine);
@@ -211,8 +212,8 @@ fn catalog(config: &Config) -> (Arc<CatalogStore>, FileSource, Loaded) {
     let store = Arc::new(CatalogStore::new(allocator));
     let mut source = FileSource::new(config.catalog.directory.clone(), file_context(config));
     let loaded = source.load();
-    publish(&store, &loaded);
-    (store, source, loaded)
+    let problems = publish(&store, &loaded);
+    (store, source, loaded, problems)
 }
 
 fn intentions(config: &Config, catalog: &CatalogStore) -> Intentions {
@@ -433,4 +434,42 @@ fn log_refusals(node: &Arc<Node>) -> Result<(), NodeError> {
         }
     });
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_wrong_with_the_first_catalog_is_told() {
+        let directory = tempfile::tempdir().unwrap();
+        let place = directory.path();
+        std::fs::create_dir(place.join("catalog")).unwrap();
+        std::fs::write(
+            place.join("catalog/web.yaml"),
+            "node: {name: a, address: 192.0.2.1}\nservice: {name: web, port: 80}",
+        )
+        .unwrap();
+        // A file where a directory must be.
+        std::fs::write(place.join("state"), "").unwrap();
+        let path = place.join("sidestep.toml");
+        let text = format!(
+            "[node]\nname = \"a\"\nstate_dir = \"{place}/state\"\n[capture]\ncgroups = [\"/mesh\"]\n\
+             [catalog]\ndirectory = \"{place}/catalog\"\n\
+             [identity]\ntrust_domain = \"example.test\"\n\
+             [identity.ca]\ncertificate = \"/ca.pem\"\nkey = \"/key.pem\"\n",
+            place = place.display()
+        );
+        std::fs::write(&path, text).unwrap();
+        let config = crate::config::load(&path).unwrap();
+
+        let (_store, _source, _loaded, problems) = catalog(&config);
+        let [problem] = problems.as_slice() else {
+            panic!("{problems:?}");
+        };
+        assert!(
+            problem.starts_with("remember virtual addresses in "),
+            "{problem}"
+        );
+    }
 }
