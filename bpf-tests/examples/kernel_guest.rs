@@ -1,5 +1,6 @@
 //! The first and only program of a virtual machine that `cargo xtask kernels` boots: loads every eBPF program
-//! into the kernel that it finds, runs the kernel tests, tells both on a serial line, and switches off.
+//! into the kernel that it finds, asks the agent whether it could run here, runs the kernel tests, tells all that on
+//! a serial line, and switches off.
 //!
 //! An example and not a program of this crate: it needs the agent's library, which only tests may depend on.
 
@@ -17,6 +18,7 @@ use aya::{
     programs::{Program, ProgramError},
 };
 use bpf_tests::{
+    cgroup::Cgroup,
     program::Program as Command,
     wait::{SOON, Stopwatch},
 };
@@ -55,6 +57,7 @@ fn run() -> Result<()> {
     for object in files("objects")? {
         all_load &= load(&object, &mut report)?;
     }
+    ask_agent(&mut report)?;
     // Without its programs, everything that the datapath is to do fails.
     if all_load {
         let wanted = Path::new(HERE).join("wanted");
@@ -184,6 +187,17 @@ fn load_program(program: &mut Program) -> Result<Option<u32>, (String, String)> 
             },
         ),
     }
+}
+
+/// What the agent says of this kernel.
+fn ask_agent(report: &mut Report) -> Result<()> {
+    let said = Command::new(format!("{HERE}/sidestep"))
+        .args(["check", "--json"])
+        .in_cgroup(&Cgroup::create("/agent")?)
+        .output(ONE_TEST)?;
+    let findings: Value = serde_json::from_str(&said.stdout)
+        .with_context(|| format!("reading what sidestep check says: {}", said.stderr))?;
+    report.tell(&json!({"check": findings, "can_run": said.succeeded()}))
 }
 
 /// Runs each test of a test program by itself, so that one that hangs or crashes is one that fails.

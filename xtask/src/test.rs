@@ -6,7 +6,7 @@ use anyhow::Result;
 use bpf_tests::{claims::TOPICS, programs};
 
 use crate::{
-    build, fuzz, host,
+    build, fuzz, host, kernels,
     progress::{Step, say, table},
 };
 
@@ -86,6 +86,9 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
     } else {
         report.skip("kernel and two-node tests", "needs root");
     }
+    if filters.is_empty() {
+        report.other_kernels();
+    }
     report.finish()
 }
 
@@ -149,6 +152,18 @@ impl Report {
             step.run(&mut build::cargo(arguments))
                 .map(|_said| String::new())
         });
+    }
+
+    /// The kernel tests once more, in emulated machines with other kernels.
+    fn other_kernels(&mut self) {
+        let what = "kernel tests on other kernels";
+        if !host::is_root() {
+            self.skip(what, "needs root");
+        } else if programs::find("apt-get").is_none() {
+            self.skip(what, "needs Debian's apt-get, which fetches the kernels");
+        } else {
+            self.check(what, |_step| kernels::check(&kernels::Arguments::default()));
+        }
     }
 
     fn check(&mut self, what: &str, check: impl FnOnce(&Step) -> Result<String>) {

@@ -44,8 +44,7 @@ pub(crate) fn kernel(suite: &str, directory: &Path, update: bool) -> Result<Kern
     let kept = directory.join("kernel");
     if update || !kept.exists() {
         let step = Step::begin(format!("fetching the kernel of Debian {suite}"));
-        fetch(suite, directory, &kept, &step)
-            .with_context(|| format!("fetching the kernel of Debian {suite}"))?;
+        fetch(suite, directory, &kept, &step)?;
         step.done();
     }
     let release = kept.join("release");
@@ -61,8 +60,10 @@ pub(crate) fn kernel(suite: &str, directory: &Path, update: bool) -> Result<Kern
 fn fetch(suite: &str, directory: &Path, kept: &Path, step: &Step) -> Result<()> {
     let work = directory.join("fetching");
     empty(&work)?;
-    let apt = Apt::new(suite, &work)?;
-    apt.run(step, "apt-get", &["update"])?;
+    let apt = Apt::new(suite, &work, step)?;
+    apt.run(step, "apt-get", &["update"]).with_context(|| {
+        format!("this machine's mirror does not have Debian {suite}, or cannot be reached")
+    })?;
     let packages = apt.closure(step)?;
     for package in &packages {
         apt.run(step, "apt-get", &["download", package])?;
@@ -134,7 +135,7 @@ struct Apt {
 }
 
 impl Apt {
-    fn new(suite: &str, directory: &Path) -> Result<Self> {
+    fn new(suite: &str, directory: &Path, step: &Step) -> Result<Self> {
         for below in ["state/lists/partial", "cache/archives/partial"] {
             let below = directory.join(below);
             fs::create_dir_all(&below).with_context(|| format!("creating {}", below.display()))?;
@@ -147,7 +148,7 @@ impl Apt {
         let sources = directory.join("sources.list");
         fs::write(
             &sources,
-            format!("deb {keyring}{} {suite} main\n", mirror()?),
+            format!("deb {keyring}{} {suite} main\n", mirror(step)?),
         )
         .with_context(|| format!("writing {}", sources.display()))?;
         let options = [
@@ -205,8 +206,16 @@ impl Apt {
     }
 }
 
-/// Where this machine's own packages come from.
-fn mirror() -> Result<String> {
+/// Where this machine's own packages come from. apt knows whose they are once it has fetched its lists.
+fn mirror(step: &Step) -> Result<String> {
+    if let Some(mirror) = known_mirror()? {
+        return Ok(mirror);
+    }
+    step.run(Command::new("apt-get").arg("update"))?;
+    known_mirror()?.context("this machine's own packages come from no mirror of Debian")
+}
+
+fn known_mirror() -> Result<Option<String>> {
     let format = "$(ORIGIN)|$(LABEL)|$(COMPONENT)|$(REPO_URI)";
     let output = Command::new("apt-get")
         .args(["indextargets", "--format", format])
@@ -216,8 +225,7 @@ fn mirror() -> Result<String> {
     let mirror = said
         .lines()
         .find_map(|line| line.strip_prefix("Debian|Debian|main|"));
-    let advice = "no mirror of Debian among this machine's package sources; run apt-get update";
-    mirror.map(str::to_owned).context(advice)
+    Ok(mirror.map(str::to_owned))
 }
 
 fn empty(directory: &Path) -> Result<()> {

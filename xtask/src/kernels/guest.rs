@@ -22,6 +22,9 @@ const TESTS: [&str; 3] = ["bpf_syscalls", "client_behaviour", "datapath_limits"]
 /// Beside the test programs, who look for it there.
 const PEER: &str = "sidestep-peer";
 
+/// The agent.
+const AGENT: &str = "sidestep";
+
 /// Programs of this machine that the tests start.
 const PROGRAMS: [&str; 3] = ["ip", "mount", "umount"];
 
@@ -46,7 +49,7 @@ pub(crate) fn pack(wanted: &str) -> Result<Archive> {
     for (name, file) in &built {
         let target = match name.as_str() {
             INIT => "/init".to_owned(),
-            PEER => format!("/guest/{PEER}"),
+            PEER | AGENT => format!("/guest/{name}"),
             test => format!("/guest/tests/{test}"),
         };
         // Nine tenths of it are for debuggers.
@@ -84,15 +87,15 @@ pub(crate) fn with_modules(archive: &Archive, kernel: &Kernel) -> Result<Vec<u8>
 
 /// Builds; names and files of programs.
 fn build_programs(step: &Step) -> Result<Vec<(String, PathBuf)>> {
-    let mut command = build::cargo(&["build", "--package", "bpf-tests"]);
+    let mut command = build::cargo(&["build", "--package", "sidestep", "--package", "bpf-tests"]);
     command.args(["--message-format", "json-render-diagnostics"]);
-    command.args(["--bin", PEER, "--example", INIT]);
+    command.args(["--bin", AGENT, "--bin", PEER, "--example", INIT]);
     for test in TESTS {
         command.args(["--test", test]);
     }
     let said = step.run(&mut command)?;
     let built: Vec<(String, PathBuf)> = said.iter().filter_map(|line| artifact(line)).collect();
-    for name in TESTS.iter().chain(&[PEER, INIT]) {
+    for name in TESTS.iter().chain(&[AGENT, PEER, INIT]) {
         ensure!(
             built.iter().any(|(built, _)| built == name),
             "cargo did not say where {name} is"

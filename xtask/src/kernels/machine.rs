@@ -34,6 +34,10 @@ pub(crate) struct Findings {
     pub(crate) lacks: Vec<String>,
     /// Every program of every object.
     pub(crate) programs: Vec<Loaded>,
+    /// Whether the agent's own check says that it can run.
+    pub(crate) can_run: bool,
+    /// What that check finds wrong.
+    pub(crate) complaints: Vec<String>,
     /// Every test that ran.
     pub(crate) tests: Vec<Tested>,
 }
@@ -167,6 +171,9 @@ fn read(report: &str) -> Result<Findings> {
                     .and_then(Value::as_f64)
                     .unwrap_or_default(),
             });
+        } else if let Some(check) = line.get("check").and_then(Value::as_array) {
+            findings.can_run = line.get("can_run") == Some(&Value::Bool(true));
+            findings.complaints = check.iter().filter_map(complaint).collect();
         } else if let Some(error) = text("broken") {
             bail!("the machine's program fails: {error}");
         } else if line.get("done").is_some() {
@@ -174,4 +181,15 @@ fn read(report: &str) -> Result<Findings> {
         }
     }
     bail!("its report has no end")
+}
+
+/// One finding of the agent's check, if it fails.
+fn complaint(finding: &Value) -> Option<String> {
+    let text = |key: &str| finding.get(key).and_then(Value::as_str);
+    (text("status") == Some("fail")).then(|| {
+        let detail = text("detail").unwrap_or_default();
+        // Its log is shown where the program is loaded by this test.
+        let detail = detail.split("; the verifier's").next().unwrap_or(detail);
+        format!("{}: {detail}", text("name").unwrap_or_default())
+    })
 }
