@@ -132,13 +132,17 @@ fn boot(suite: &str, archive: &Archive, cgroup: &Cgroup, update: bool) -> Result
     Ok(found)
 }
 
-/// `work` for each of `items`, as many at once as there are processors. Results are in the order of the items.
+/// `work` for each of `items`, as many at once as there are processors, the last ones first: the newest kernels take
+/// longest. Results are in the order of the items.
 fn each_in_parallel<T: Send>(
     items: &[&str],
     work: impl Fn(&str) -> Result<T> + Sync,
 ) -> Vec<Result<T>> {
     let next = AtomicUsize::new(0);
-    let take = || items.get(next.fetch_add(1, Ordering::Relaxed)).copied();
+    let take = || {
+        let index = next.fetch_add(1, Ordering::Relaxed);
+        items.iter().rev().nth(index).copied()
+    };
     let one_after_another = || -> Vec<(&str, Result<T>)> {
         iter::from_fn(take).map(|item| (item, work(item))).collect()
     };
