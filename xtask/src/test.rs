@@ -157,10 +157,8 @@ impl Report {
     /// The kernel tests once more, in emulated machines with other kernels.
     fn other_kernels(&mut self) {
         let what = "kernel tests on other kernels";
-        if !host::is_root() {
-            self.skip(what, "needs root");
-        } else if programs::find("apt-get").is_none() {
-            self.skip(what, "needs Debian's apt-get, which fetches the kernels");
+        if let Some(obstacle) = kernels::obstacle() {
+            self.skip(what, obstacle);
         } else {
             self.check(what, |_step| kernels::check(&kernels::Arguments::default()));
         }

@@ -159,6 +159,8 @@ impl Apt {
             // Nothing is installed, as far as this apt knows.
             "Dir::State::Status=/dev/null".to_owned(),
             "Acquire::Languages=none".to_owned(),
+            // What software centres show; fetched where one is installed.
+            "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false".to_owned(),
             "Acquire::Retries=3".to_owned(),
             // It writes below target/, where apt's own user may not.
             "APT::Sandbox::User=root".to_owned(),
