@@ -112,6 +112,8 @@ pub(crate) fn boot(
     // Killed when dropped, however this ends.
     let ended = machine.wait(DEADLINE)?;
     drop(machine);
+    // Made anew each time, and large.
+    fs::remove_file(&packed).with_context(|| format!("removing {}", packed.display()))?;
     let said = |path: &Path| fs::read_to_string(path).unwrap_or_default();
     let why = match ended {
         None => format!("the machine was not done after {DEADLINE:?}"),
