@@ -284,8 +284,12 @@ impl Keeper {
             Ok((tls, issuer)) => {
                 self.failures = 0;
                 self.issuer = trust.issuer;
-                let renew_at =
-                    schedule::renew_at(tls.not_before(), tls.not_after(), &self.shared.jitter);
+                let renew_at = schedule::renew_at(
+                    self.shared.clock.now(),
+                    tls.not_before(),
+                    tls.not_after(),
+                    &self.shared.jitter,
+                );
                 tracing::info!(
                     identity = %self.identity,
                     not_after = %time::OffsetDateTime::from(tls.not_after()),

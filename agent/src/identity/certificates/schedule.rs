@@ -18,18 +18,27 @@ const FIRST_RETRY: Duration = Duration::from_secs(1);
 /// The longest wait between two attempts: a provider that is back is noticed within five minutes.
 const LONGEST_RETRY: Duration = Duration::from_mins(5);
 
+/// The longest wait while the leaf has expired, so that nothing works without the next one.
+const LONGEST_RETRY_EXPIRED: Duration = Duration::from_secs(30);
+
 /// When the authority is replaced the leaves of a node are renewed over this time, not all at once.
 const ROTATION_SPREAD: Duration = Duration::from_secs(10);
 
-/// When a leaf of this validity is to be renewed.
+/// When a leaf of this validity, issued at `now`, is to be renewed.
+///
+/// Never before most of what is left has passed. A leaf of an authority that runs out ends with it, and is
+/// backdated: most of its life can be over when it is made, and the next one would be no better.
 pub(super) fn renew_at(
+    now: SystemTime,
     not_before: SystemTime,
     not_after: SystemTime,
     jitter: &Jitter,
 ) -> SystemTime {
     let life = not_after.duration_since(not_before).unwrap_or_default();
     let part = (RENEW_UNTIL - RENEW_FROM).mul_add(jitter.draw(), RENEW_FROM);
-    not_before + life.mul_f64(part)
+    let left = not_after.duration_since(now).unwrap_or_default();
+    let soonest = now + left.mul_f64(RENEW_FROM).max(FIRST_RETRY);
+    (not_before + life.mul_f64(part)).max(soonest)
 }
 
 /// How long to wait before a leaf that is still good is renewed because another authority issues now.
@@ -43,9 +52,11 @@ pub(super) fn after_rotation(jitter: &Jitter) -> Duration {
 /// that a short-lived leaf still sees several attempts.
 pub(super) fn retry_after(failures: u32, left: Option<Duration>, jitter: &Jitter) -> Duration {
     let doubled = FIRST_RETRY.saturating_mul(2_u32.saturating_pow(failures.saturating_sub(1)));
-    let cap = left.map_or(LONGEST_RETRY, |left| {
-        (left / 10).clamp(FIRST_RETRY, LONGEST_RETRY)
-    });
+    let cap = match left {
+        None => LONGEST_RETRY,
+        Some(Duration::ZERO) => LONGEST_RETRY_EXPIRED,
+        Some(left) => (left / 10).clamp(FIRST_RETRY, LONGEST_RETRY),
+    };
     doubled
         .min(cap)
         .mul_f64(0.5_f64.mul_add(jitter.draw(), 0.5))
@@ -98,13 +109,29 @@ mod tests {
         let start = SystemTime::UNIX_EPOCH;
         let mut parts = Vec::new();
         for _ in 0..1000 {
-            let at = renew_at(start, start + Duration::from_secs(1000), &jitter);
+            let at = renew_at(start, start, start + Duration::from_secs(1000), &jitter);
             let part = at.duration_since(start).unwrap().as_secs_f64() / 1000.0;
             assert!((0.6..=0.9).contains(&part), "{part}");
             parts.push(part);
         }
         let mean = parts.iter().sum::<f64>() / 1000.0;
         assert!((0.74..0.76).contains(&mean), "mean {mean}");
+    }
+
+    #[test]
+    fn a_leaf_whose_life_is_over_when_it_is_made_is_not_renewed_at_once() {
+        let jitter = Jitter::seeded(7);
+        let now = SystemTime::UNIX_EPOCH + Duration::from_mins(1);
+        let backdated = SystemTime::UNIX_EPOCH;
+        for (left, least) in [(0, 1000), (1, 1000), (10_000, 6000), (60_000, 36_000)] {
+            let not_after = now + Duration::from_millis(left);
+            let at = renew_at(now, backdated, not_after, &jitter);
+            let wait = at.duration_since(now).unwrap();
+            assert!(
+                wait >= Duration::from_millis(least),
+                "{left} ms left: {wait:?}"
+            );
+        }
     }
 
     #[test]
@@ -121,6 +148,9 @@ mod tests {
         }
         let left = Some(Duration::from_mins(1));
         assert!(retry_after(40, left, &jitter) <= Duration::from_secs(6));
-        assert!(retry_after(40, Some(Duration::ZERO), &jitter) >= Duration::from_millis(500));
+        let expired = retry_after(40, Some(Duration::ZERO), &jitter);
+        assert!((LONGEST_RETRY_EXPIRED / 2..=LONGEST_RETRY_EXPIRED).contains(&expired));
+        let almost = Some(Duration::from_millis(1));
+        assert!(retry_after(40, almost, &jitter) >= Duration::from_millis(500));
     }
 }

@@ -1,16 +1,19 @@
 //! Tests of issuing, renewing and failing, with the clock paused.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::{
+    path::Path,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
 use tempfile::{TempDir, tempdir};
 use tokio::time::Instant;
 
 use super::*;
 use crate::identity::{
-    ca::BuiltinCa,
+    ca::{self, BuiltinCa},
     clock::TokioClock,
     provider::{BoxFuture, Leaf},
-    testing::{self, DAY, TestCa, builtin_ca, id, trust_domain},
+    testing::{self, DAY, TestCa, builtin_ca, files, id, trust_domain},
 };
 
 /// How the provider answers.
@@ -22,6 +25,9 @@ enum Mode {
     Hangs,
     NamesSomebodyElse,
 }
+
+/// The provider hangs after so many attempts: a keeper that spins would stop the paused clock.
+const TOO_MANY: usize = 10_000;
 
 /// The built-in CA with an off switch.
 #[derive(Debug)]
@@ -48,8 +54,12 @@ impl Moody {
 
 impl CertificateProvider for Moody {
     fn issue<'a>(&'a self, identity: &'a SpiffeId) -> BoxFuture<'a, Result<Leaf, IssueError>> {
-        self.attempts.fetch_add(1, Ordering::Relaxed);
-        let mode = *self.mode.lock();
+        let attempts = self.attempts.fetch_add(1, Ordering::Relaxed);
+        let mode = if attempts < TOO_MANY {
+            *self.mode.lock()
+        } else {
+            Mode::Hangs
+        };
         Box::pin(async move {
             match mode {
                 Mode::Works => self.ca.issue(identity).await,
@@ -82,10 +92,29 @@ struct Scene {
 
 impl Scene {
     fn new(mode: Mode) -> Self {
+        Self::with_authority(mode, |directory, clock| builtin_ca(directory, DAY, clock))
+    }
+
+    /// An authority that may sign for `life` only.
+    fn running_out_after(life: Duration) -> Self {
+        Self::with_authority(Mode::Works, |directory, clock| {
+            let [root, mut node] = ["root", "node"].map(|name| files(directory, name));
+            ca::init(&trust_domain(), &root, &*clock).unwrap();
+            let name = "node".parse().unwrap();
+            ca::intermediate(&trust_domain(), &root, &name, &node, life, &*clock).unwrap();
+            node.roots = vec![root.certificate];
+            BuiltinCa::load(&node, trust_domain(), DAY, clock).unwrap()
+        })
+    }
+
+    fn with_authority(
+        mode: Mode,
+        authority: impl FnOnce(&Path, Arc<dyn Clock>) -> BuiltinCa,
+    ) -> Self {
         let directory = tempdir().unwrap();
         let clock = TokioClock::starting_at(SystemTime::now());
         let clock_again: Arc<dyn Clock> = Arc::<TokioClock>::clone(&clock);
-        let ca = builtin_ca(directory.path(), DAY, Arc::clone(&clock_again));
+        let ca = authority(directory.path(), Arc::clone(&clock_again));
         let trust = ca.trust().borrow().clone();
         let provider = Arc::new(Moody {
             ca,
@@ -204,6 +233,36 @@ async fn the_old_leaf_serves_until_it_expires_and_no_longer() {
     let back = scene.web().await.unwrap();
     assert!(back.not_after() > first.not_after());
     assert!(scene.status().last_error.is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_spins_while_an_authority_runs_out_nor_after() {
+    let (most, last) = (Duration::from_mins(119), Duration::from_mins(1));
+    for seed in 0..20 {
+        let mut scene = Scene::running_out_after(most + last);
+        scene.certificates = Certificates::new(
+            Arc::<Moody>::clone(&scene.provider),
+            Arc::<TokioClock>::clone(&scene.clock),
+            Jitter::seeded(seed),
+            scene.shutdown.clone(),
+        );
+        scene.web().await.unwrap();
+        sleep(most).await;
+        scene.web().await.unwrap();
+        sleep(last).await;
+        scene.web().await.unwrap_err();
+        let running_out = scene.provider.attempts();
+        assert!(
+            running_out < 40,
+            "seed {seed}: {running_out} leaves in two hours"
+        );
+        sleep(Duration::from_hours(1)).await;
+        let after = scene.provider.attempts() - running_out;
+        assert!(
+            after < 300,
+            "seed {seed}: {after} attempts in the hour after"
+        );
+    }
 }
 
 #[tokio::test(start_paused = true)]
