@@ -4,7 +4,8 @@
 //! either finds it here ([`Connections::cut_forbidden`]) or is seen by the decision. Nothing falls between.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
+    net::{IpAddr, Ipv6Addr},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -30,6 +31,8 @@ pub struct Connections {
     next_id: AtomicU64,
     outbound: Slots,
     inbound: Slots,
+    /// Peers whose handshakes are not finished, by their network: see [`Connections::admit_unproven`].
+    unproven: Mutex<HashMap<IpAddr, usize>>,
 }
 
 /// Bounds one direction, so that strangers at the inbound port cannot take the workloads' share.
@@ -94,6 +97,24 @@ pub struct Registered {
     pub connection: Arc<Connection>,
 }
 
+/// A peer in a handshake, counted until dropped.
+#[derive(Debug)]
+pub struct Unproven {
+    table: Arc<Connections>,
+    network: IpAddr,
+}
+
+impl Drop for Unproven {
+    fn drop(&mut self) {
+        if let Entry::Occupied(mut held) = self.table.unproven.lock().entry(self.network) {
+            *held.get_mut() -= 1;
+            if *held.get() == 0 {
+                held.remove();
+            }
+        }
+    }
+}
+
 impl Drop for Registered {
     fn drop(&mut self) {
         self.table.live.lock().remove(&self.connection.id);
@@ -112,6 +133,7 @@ impl Connections {
             next_id: AtomicU64::new(1),
             outbound: slots(),
             inbound: slots(),
+            unproven: Mutex::default(),
         })
     }
 
@@ -120,6 +142,27 @@ impl Connections {
         Arc::clone(&self.slots(direction).free)
             .try_acquire_owned()
             .ok()
+    }
+
+    /// Counts an inbound peer, which has a slot, until its handshake is finished. `None` to send it away: once half
+    /// of the slots are taken, one network may hold no more unfinished handshakes than there are free slots.
+    ///
+    /// Otherwise anybody could keep all peers out by opening connections and saying nothing.
+    pub fn admit_unproven(self: &Arc<Self>, peer: IpAddr) -> Option<Unproven> {
+        let network = network_of(peer);
+        let free = self.inbound.free.available_permits();
+        let is_scarce = free < self.inbound.limit as usize / 2;
+        let mut unproven = self.unproven.lock();
+        let held = unproven.get(&network).copied().unwrap_or_default();
+        if is_scarce && held > free {
+            return None;
+        }
+        unproven.insert(network, held + 1);
+        drop(unproven);
+        Some(Unproven {
+            table: Arc::clone(self),
+            network,
+        })
     }
 
     /// How many connections a direction admits at once.
@@ -200,6 +243,14 @@ impl Connections {
     }
 }
 
+/// What one host can choose its address from: an IPv4 address, or the /64 of an IPv6 address.
+fn network_of(peer: IpAddr) -> IpAddr {
+    match peer.to_canonical() {
+        IpAddr::V4(address) => address.into(),
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -240,6 +291,36 @@ mod tests {
         assert_eq!(table.list().len(), 1);
         drop(first);
         assert_eq!(table.list().len(), 0);
+    }
+
+    #[test]
+    fn one_network_cannot_take_all_slots_without_proving_itself() {
+        let table = Connections::new(64);
+        let open = |peer: &str| {
+            let slot = table.admit(Direction::Inbound)?;
+            let unproven = table.admit_unproven(peer.parse().unwrap())?;
+            Some((slot, unproven))
+        };
+        let open_all = |peer: &dyn Fn(usize) -> String| -> Vec<_> {
+            let opened = (0..64).map(|n| open(&peer(n)));
+            opened.map_while(|opened| opened).collect()
+        };
+        let silent = open_all(&|_| "192.0.2.1".to_owned());
+        assert_eq!(silent.len(), 32);
+        let others = open_all(&|n| format!("2001:db8::{n:x}"));
+        assert_eq!(others.len(), 16, "a /64 counts as one");
+        // Who finishes handshakes may have all that is free.
+        let mut proven = vec![];
+        while let Some((slot, handshake)) = open("192.0.2.9") {
+            drop(handshake);
+            proven.push(slot);
+        }
+        assert_eq!(proven.len(), 16);
+        assert!(open("192.0.2.9").is_none());
+
+        drop((silent, others));
+        assert!(table.unproven.lock().is_empty());
+        assert!(open("192.0.2.1").is_some());
     }
 
     #[test]

@@ -23,6 +23,7 @@ test_claims! {
     a_denied_client_sees_no_banner
     the_called_side_decides_too
     a_new_denial_cuts_live_connections
+    silent_strangers_keep_nobody_out
     a_replaced_authority_costs_no_connection
     load_follows_health
     a_dead_instance_costs_no_connection

@@ -19,7 +19,7 @@ use self::{
 use crate::{
     accept::accept_all,
     catalog::{model::IntentionAction, store::CatalogStore},
-    connections::{Connection, Connections},
+    connections::{Connection, Connections, Unproven},
     identity::{LocalDomain, certificates::Certificates, spiffe::SpiffeId},
     lifecycle::Shutdown,
     outbound::{DRAINED, cut_outcome, refuse_at_limit},
@@ -120,13 +120,17 @@ impl Inbound {
             &self.telemetry,
             &shutdown,
             |stream, peer| {
-                let Some(slot) = self.connections.admit(Direction::Inbound) else {
+                let slot = self.connections.admit(Direction::Inbound);
+                let unproven = slot
+                    .as_ref()
+                    .and_then(|_slot| self.connections.admit_unproven(peer.ip()));
+                let (Some(slot), Some(unproven)) = (slot, unproven) else {
                     refuse_at_limit(&self.telemetry, Direction::Inbound, stream, Some(peer));
                     return;
                 };
                 let inbound = Arc::clone(&self);
                 self.shutdown.spawn("inbound connection", async move {
-                    inbound.carry(stream, peer, port).await;
+                    inbound.carry(stream, peer, port, unproven).await;
                     drop(slot);
                 });
             },
@@ -135,13 +139,13 @@ impl Inbound {
     }
 
     /// Carries one accepted tunnel to its end. Always leaves one access-log line.
-    async fn carry(&self, stream: TcpStream, peer: SocketAddr, port: u16) {
+    async fn carry(&self, stream: TcpStream, peer: SocketAddr, port: u16, unproven: Unproven) {
         let mut record = ConnectionRecord::begin(&self.telemetry, Direction::Inbound);
         record.peer(peer);
         let outcome = tokio::select! {
             biased;
             () = self.shutdown.forced() => Outcome::Cut(DRAINED.to_owned()),
-            outcome = self.carry_recorded(stream, port, &mut record) => outcome,
+            outcome = self.carry_recorded(stream, port, unproven, &mut record) => outcome,
         };
         record.finish(outcome);
     }
@@ -150,6 +154,7 @@ impl Inbound {
         &self,
         stream: TcpStream,
         port: u16,
+        unproven: Unproven,
         record: &mut ConnectionRecord,
     ) -> Outcome {
         let settings = **self.settings.load();
@@ -160,6 +165,7 @@ impl Inbound {
             Ok(done) => done,
             Err(outcome) => return outcome,
         };
+        drop(unproven);
         record.source(&source, &source.service);
 
         // Registered before the decision: see `connections`.

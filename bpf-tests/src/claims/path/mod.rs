@@ -38,6 +38,7 @@ pub const TOPIC: Topic = Topic {
         policy::a_denied_client_sees_no_banner: "a denied client sees no byte of a server that speaks first, nor that server a connection";
         policy::the_called_side_decides_too: "the called node denies by itself what a calling node would let pass";
         policy::a_new_denial_cuts_live_connections: "an intention that forbids live connections cuts these, and no others";
+        policy::silent_strangers_keep_nobody_out: "a peer that opens tunnels and says nothing keeps nobody else out";
         rotation::a_replaced_authority_costs_no_connection: "new intermediates and a new root are taken over by a reload, and no connection is lost";
         life::load_follows_health: "load spreads over instances, follows their health, and stops when there is none";
         life::a_dead_instance_costs_no_connection: "an instance whose node does not answer costs no connection";

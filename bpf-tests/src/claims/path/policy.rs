@@ -1,17 +1,26 @@
 //! Who may call whom, and that nobody else listens.
 
-use std::{fs, time::Duration};
+use std::{
+    fs,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    os::fd::OwnedFd,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, ensure};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use serde_json::Value;
 
 use super::capture::{bytes, read, text};
 use crate::{
     catalog::Catalog,
     claims::{Finding, Size},
+    lab::DEVICE,
     mesh::{Mesh, local, vip},
+    node::Node,
     program::Running,
     services,
-    wait::{SOON, Stopwatch, wait_for},
+    wait::{SOON, Stopwatch, wait_for, wait_for_value},
     wire::Capture,
     workload::{Kind, Workload},
 };
@@ -124,6 +133,82 @@ pub(super) fn a_new_denial_cuts_live_connections(_size: Size) -> Result<Finding>
             if survived { "lives" } else { "ended" },
         ),
     ))
+}
+
+pub(super) fn silent_strangers_keep_nobody_out(_size: Size) -> Result<Finding> {
+    const LIMIT: usize = 64;
+    let mut mesh = Mesh::new("silent")?;
+    let place = mesh.place("web", "web-1", Kind::Cgroup)?;
+    mesh.register("web", "web-1", vip(1, 80), local(8080));
+    mesh.keep(services::http(&place, local(8080), "page")?);
+    mesh.lab.b.add_setting(&format!(
+        "[limits]\nmax_connections = {LIMIT}\n[tunnel]\nhandshake_timeout = \"60s\""
+    ));
+    mesh.start()?;
+
+    // From another address of the same node: the limit is by address.
+    let stranger = IpAddr::V4(Ipv4Addr::new(10, 77, 0, 99));
+    mesh.lab.a.namespace().add_address(DEVICE, stranger)?;
+    let target = SocketAddr::new(mesh.lab.b.address(), tunnel_port(&mesh.lab.b)?);
+    let silent = mesh.lab.a.namespace().run(move || {
+        let connect = |_| connect_from(stranger, target);
+        (0..4 * LIMIT).map(connect).collect::<Result<Vec<_>>>()
+    })?;
+    let held = || -> Result<u64> {
+        let status = mesh.lab.b.status()?;
+        let live = status.pointer("/connections/live_inbound");
+        live.and_then(Value::as_u64)
+            .context("no count of connections")
+    };
+    let before = wait_for_value("the strangers to be counted", SOON, || {
+        let held = held()?;
+        Ok((held >= (LIMIT / 2) as u64).then_some(held))
+    })?;
+    let url = format!("http://{}/", vip(1, 80));
+    let calls = 20;
+    let answered = (0..calls)
+        .filter(|_| {
+            mesh.shop
+                .curl(&url)
+                .output(SOON)
+                .is_ok_and(|said| said.succeeded())
+        })
+        .count();
+    let after = held()?;
+    drop(silent);
+    Ok(Finding::new(
+        answered == calls && before < LIMIT as u64 && after >= before,
+        format!(
+            "{answered} of {calls} calls succeed while {} silent connections from one address hold {after} of {LIMIT} places",
+            4 * LIMIT
+        ),
+    ))
+}
+
+/// Where a node takes tunnels.
+fn tunnel_port(node: &Node) -> Result<u16> {
+    let status = node.status()?;
+    let listeners = status.get("listeners").and_then(Value::as_array);
+    let tunnel = listeners
+        .into_iter()
+        .flatten()
+        .find(|listener| listener.get("purpose").is_some_and(|it| it == "tunnel"));
+    let address = tunnel.and_then(|listener| listener.get("address")?.as_str());
+    let address = address.context("the status names no tunnel listener")?;
+    let address: SocketAddr = address.parse().with_context(|| address.to_owned())?;
+    Ok(address.port())
+}
+
+fn connect_from(source: IpAddr, target: SocketAddr) -> Result<OwnedFd> {
+    let socket = rustix::net::socket_with(
+        AddressFamily::INET,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
+    rustix::net::bind(&socket, &SocketAddr::new(source, 0))?;
+    rustix::net::connect(&socket, &target).with_context(|| format!("connecting to {target}"))?;
+    Ok(socket)
 }
 
 /// A client that exchanges bytes all the time; returns when it does.
