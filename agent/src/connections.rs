@@ -5,6 +5,7 @@
 
 use std::{
     collections::{HashMap, hash_map::Entry},
+    hash::Hash,
     net::{IpAddr, Ipv6Addr},
     sync::{
         Arc,
@@ -27,12 +28,20 @@ use crate::{
 /// Every connection between its identification and its end, in both directions.
 #[derive(Debug)]
 pub struct Connections {
-    live: Mutex<HashMap<u64, Arc<Connection>>>,
+    live: Mutex<Live>,
     next_id: AtomicU64,
     outbound: Slots,
     inbound: Slots,
     /// Peers whose handshakes are not finished, by their network: see [`Connections::admit_unproven`].
     unproven: Mutex<HashMap<IpAddr, usize>>,
+}
+
+/// What is registered now.
+#[derive(Debug, Default)]
+struct Live {
+    by_id: HashMap<u64, Arc<Connection>>,
+    /// How many inbound ones each service has, so that its limit costs no walk over all of them.
+    inbound: HashMap<ServiceName, usize>,
 }
 
 /// Bounds one direction, so that strangers at the inbound port cannot take the workloads' share.
@@ -106,18 +115,23 @@ pub struct Unproven {
 
 impl Drop for Unproven {
     fn drop(&mut self) {
-        if let Entry::Occupied(mut held) = self.table.unproven.lock().entry(self.network) {
-            *held.get_mut() -= 1;
-            if *held.get() == 0 {
-                held.remove();
-            }
-        }
+        count_down(&mut self.table.unproven.lock(), self.network);
     }
 }
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        self.table.live.lock().remove(&self.connection.id);
+        let Connection {
+            id,
+            direction,
+            service,
+            ..
+        } = &*self.connection;
+        let mut live = self.table.live.lock();
+        live.by_id.remove(id);
+        if matches!(direction, Direction::Inbound) {
+            count_down(&mut live.inbound, service.clone());
+        }
     }
 }
 
@@ -196,7 +210,12 @@ impl Connections {
             cut: CancellationToken::new(),
             cut_reason: Mutex::default(),
         });
-        self.live.lock().insert(id, Arc::clone(&connection));
+        let mut live = self.live.lock();
+        live.by_id.insert(id, Arc::clone(&connection));
+        if matches!(direction, Direction::Inbound) {
+            *live.inbound.entry(connection.service.clone()).or_default() += 1;
+        }
+        drop(live);
         Registered {
             table: Arc::clone(self),
             connection,
@@ -206,9 +225,7 @@ impl Connections {
     /// Inbound connections to one service that are registered now.
     pub fn inbound_to(&self, service: &ServiceName) -> usize {
         let live = self.live.lock();
-        live.values()
-            .filter(|c| matches!(c.direction, Direction::Inbound) && c.service == *service)
-            .count()
+        live.inbound.get(service).copied().unwrap_or_default()
     }
 
     /// How many are registered now, in both directions.
@@ -218,7 +235,7 @@ impl Connections {
 
     /// A copy of the table, oldest first.
     pub fn list(&self) -> Vec<Arc<Connection>> {
-        let mut list: Vec<_> = self.live.lock().values().map(Arc::clone).collect();
+        let mut list: Vec<_> = self.live.lock().by_id.values().map(Arc::clone).collect();
         list.sort_by_key(|c| c.id);
         list
     }
@@ -239,6 +256,16 @@ impl Connections {
         match direction {
             Direction::Outbound => &self.outbound,
             Direction::Inbound => &self.inbound,
+        }
+    }
+}
+
+/// One less; what nobody holds is forgotten.
+fn count_down<K: Eq + Hash>(counts: &mut HashMap<K, usize>, key: K) {
+    if let Entry::Occupied(mut held) = counts.entry(key) {
+        *held.get_mut() -= 1;
+        if *held.get() == 0 {
+            held.remove();
         }
     }
 }
@@ -291,6 +318,28 @@ mod tests {
         assert_eq!(table.list().len(), 1);
         drop(first);
         assert_eq!(table.list().len(), 0);
+    }
+
+    #[test]
+    fn each_service_has_its_own_count_of_inbound_connections() {
+        let table = Connections::new(10);
+        let [db, cache] = ["db", "cache"].map(|name| name.parse::<ServiceName>().unwrap());
+        let inbound = |service: &ServiceName| {
+            let id = "spiffe://example.test/ns/default/dc/dc1/svc/web";
+            table.register(
+                Direction::Inbound,
+                id.parse().unwrap(),
+                service.clone(),
+                Arc::default(),
+            )
+        };
+        let calling = register(&table, "web", "db");
+        let (first, second, other) = (inbound(&db), inbound(&db), inbound(&cache));
+        assert_eq!((table.inbound_to(&db), table.inbound_to(&cache)), (2, 1));
+        drop((calling, first));
+        assert_eq!((table.inbound_to(&db), table.inbound_to(&cache)), (1, 1));
+        drop((second, other));
+        assert!(table.live.lock().inbound.is_empty());
     }
 
     #[test]
