@@ -206,15 +206,18 @@ impl Inbound {
             .await
             .map_err(handshake_failed)?;
         record.enter(Stage::Route);
-        let target = self
-            .targets
-            .load()
-            .choose(port, incoming.server_name().as_deref())
-            .map_err(|error| Outcome::Failed {
-                stage: Stage::Route,
-                side: Side::Downstream,
-                error: error.to_string(),
-            })?;
+        let name = incoming.server_name();
+        let target = match self.targets.load().choose(port, name.as_deref()) {
+            Ok(target) => target,
+            Err(error) => {
+                incoming.refuse();
+                return Err(Outcome::Failed {
+                    stage: Stage::Route,
+                    side: Side::Downstream,
+                    error: error.to_string(),
+                });
+            }
+        };
         record.service(&target.service);
         record.instance(&target.instance.id);
         record.enter(Stage::Identity);

@@ -171,6 +171,15 @@ impl Incoming {
         self.start.client_hello().server_name().map(str::to_owned)
     }
 
+    /// Tells the peer that nothing here has the name that it asks for, and closes: without a word it could not
+    /// tell this from a node that ended.
+    pub fn refuse(self) {
+        /// A fatal alert `unrecognized_name` in a plaintext record. Source: RFC 8446, sections 5.1 and 6.
+        const UNRECOGNIZED_NAME: [u8; 7] = [21, 3, 3, 0, 2, 2, 112];
+        // Nothing was sent before it, so there is room; if the peer is gone there is nothing to tell.
+        drop(self.start.io.try_write(&UNRECOGNIZED_NAME));
+    }
+
     /// Finishes the handshake as the workload that `tls` belongs to; the peer must show an identity of its
     /// trust domain.
     ///

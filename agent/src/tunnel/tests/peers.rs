@@ -374,6 +374,23 @@ async fn a_closed_port_is_an_error_of_the_dial() {
 }
 
 #[tokio::test]
+async fn a_name_that_nothing_here_has_is_refused_with_an_alert() {
+    let root = TestCa::root("root");
+    let client = root.workload(&id("web"), &[&root]);
+    let (listener, address) = listen().await;
+    let db = id("db");
+    let (opened, ()) = tokio::join!(open(address, &client, &db), async {
+        let incoming = greet(listener.accept().await.unwrap().0).await.unwrap();
+        incoming.refuse();
+    });
+    let text = chain(&opened.unwrap_err()).to_string();
+    assert_eq!(
+        text,
+        "TLS handshake: received fatal alert: UnrecognisedName"
+    );
+}
+
+#[tokio::test]
 async fn a_name_that_tls_cannot_carry_is_never_sent() {
     let root = TestCa::root("root");
     let client = root.workload(&id("web"), &[&root]);
