@@ -230,7 +230,7 @@ impl Connections {
 
     /// How many are registered now, in both directions.
     pub fn count(&self) -> usize {
-        self.live.lock().len()
+        self.live.lock().by_id.len()
     }
 
     /// A copy of the table, oldest first.
