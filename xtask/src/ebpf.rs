@@ -161,8 +161,9 @@ fn compile(
     linker: &Path,
     features: &[&str],
 ) -> Result<()> {
+    // No path of this machine in them: they are part of what names symbols, and with the names the order of functions
+    // would change, and how much work the verifier has.
     let flags = [
-        format!("-Clinker={}", linker.display()),
         "-Clink-arg=--btf".to_owned(),
         format!("--cfg=bpf_target_arch=\"{}\"", env::consts::ARCH),
         "-Cdebuginfo=2".to_owned(),
@@ -170,11 +171,14 @@ fn compile(
     let mut cargo = Command::new(&toolchain.cargo);
     cargo
         .args(["build", "--release", "--locked", "-Zbuild-std=core"])
+        // Nor in debug information.
+        .args(["-Ztrim-paths", "--config", "profile.release.trim-paths=\"all\""])
         .args(["--target", "bpfel-unknown-none", "--target-dir"])
         .arg(workspace.join("target/bpf-build"))
-        .current_dir(workspace.join("ebpf/programs"))
+        .current_dir(workspace.join("ebpf"))
         .env("RUSTC", &toolchain.rustc)
         .env("RUSTC_BOOTSTRAP", "1")
+        .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", linker)
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"))
         // Set by the cargo that runs this; they mean another toolchain.
         .env_remove("RUSTUP_TOOLCHAIN")

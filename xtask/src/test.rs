@@ -93,7 +93,7 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
 }
 
 fn other_formats(step: &Step) -> Result<String> {
-    for workspace in ["ebpf/programs/Cargo.toml", "fuzz/Cargo.toml"] {
+    for workspace in ["ebpf/Cargo.toml", "fuzz/Cargo.toml"] {
         step.run(&mut build::cargo(&[
             "fmt",
             "--manifest-path",

@@ -17,7 +17,12 @@ use crate::{build, progress::Step};
 const INIT: &str = "kernel_guest";
 
 /// The tests that are run, of `bpf-tests`.
-const TESTS: [&str; 3] = ["bpf_syscalls", "client_behaviour", "datapath_limits"];
+const TESTS: [&str; 4] = [
+    "bpf_syscalls",
+    "client_behaviour",
+    "datapath_limits",
+    "pinned_datapath",
+];
 
 /// Beside the test programs, who look for it there.
 const PEER: &str = "sidestep-peer";
