@@ -21,6 +21,7 @@ pub mod accept;
 pub mod sockets;
 pub mod socket_file;
 pub mod handover;
+pub mod health;
 pub mod lifecycle;
 pub mod privileges;
 pub mod stable_hash;

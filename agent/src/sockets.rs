@@ -63,19 +63,21 @@ pub struct Kept {
 }
 
 impl ListeningSockets {
-    /// Takes over what another agent listened with. What is no listening TCP socket is closed.
-    pub fn inherit(&self, descriptors: impl IntoIterator<Item = OwnedFd>) {
+    /// Begins with what another agent listened with. What is no listening TCP socket is closed.
+    pub fn inheriting(descriptors: impl IntoIterator<Item = OwnedFd>) -> Self {
+        let sockets = Self::default();
         for descriptor in descriptors {
             match key_of(&descriptor) {
                 Ok(key) => {
                     let socket = Socket::from(descriptor).into();
-                    self.0.lock().inherited.insert(key, socket);
+                    sockets.0.lock().inherited.insert(key, socket);
                 }
                 Err(error) => {
                     tracing::warn!(error = %chain(&error), "inherited descriptor not taken over");
                 }
             }
         }
+        sockets
     }
 
     /// The inherited socket of this key, or the one that `bind` makes.

@@ -12,6 +12,7 @@ use crate::cgroup::Cgroup;
 
 const PROG_LOAD: libc::c_long = 5;
 const PROG_ATTACH: libc::c_long = 8;
+const PROG_DETACH: libc::c_long = 9;
 const CGROUP_SOCK_ADDR: u32 = 18;
 const CONNECT4: u32 = 10;
 
@@ -27,7 +28,17 @@ pub enum Sharing {
     Multi = 2,
 }
 
-/// A program at `connect()` of IPv4 sockets that lets everything pass. It stays until its cgroup goes.
+/// What a program says to every connect.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Verdict {
+    /// `EPERM`
+    Refuse = 0,
+    /// As you like.
+    Pass = 1,
+}
+
+/// A program at `connect()` of IPv4 sockets. It stays until it is detached or its cgroup goes.
 #[derive(Debug)]
 pub struct ForeignProgram(OwnedFd);
 
@@ -52,9 +63,9 @@ impl ForeignProgram {
     ///
     /// # Errors
     /// Whatever the kernel answers.
-    pub fn load(name: &str) -> io::Result<Self> {
-        // mov64 r0, 1; exit
-        let code: [u64; 2] = [0x0000_0001_0000_00b7, 0x95];
+    pub fn load(name: &str, verdict: Verdict) -> io::Result<Self> {
+        // mov64 r0, VERDICT; exit
+        let code: [u64; 2] = [u64::from(verdict as u32) << 32 | 0xb7, 0x95];
         let mut padded = [0; 16];
         for (to, from) in padded.iter_mut().zip(name.bytes().take(15)) {
             *to = from;
@@ -83,15 +94,27 @@ impl ForeignProgram {
     /// # Errors
     /// `EPERM` if what is there shares with nobody.
     pub fn attach(&self, cgroup: &Cgroup, sharing: Sharing) -> io::Result<()> {
+        self.at(cgroup, PROG_ATTACH, sharing as u32)
+    }
+
+    /// Takes it off a cgroup.
+    ///
+    /// # Errors
+    /// If it is not there.
+    pub fn detach(&self, cgroup: &Cgroup) -> io::Result<()> {
+        self.at(cgroup, PROG_DETACH, 0)
+    }
+
+    fn at(&self, cgroup: &Cgroup, command: libc::c_long, flags: u32) -> io::Result<()> {
         let directory = File::open(cgroup.directory())?;
         let word = |fd: i32| fd.cast_unsigned();
         let attributes = [
             word(directory.as_raw_fd()),
             word(self.0.as_raw_fd()),
             CONNECT4,
-            sharing as u32,
+            flags,
         ];
-        call(PROG_ATTACH, &attributes).map(drop)
+        call(command, &attributes).map(drop)
     }
 }
 

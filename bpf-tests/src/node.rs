@@ -416,6 +416,14 @@ impl Node {
         self.agent = None;
     }
 
+    /// The cgroup that the agent attaches to.
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    pub fn workloads_cgroup(&self) -> Result<Cgroup> {
+        self.cgroup.child("workloads")
+    }
+
     /// The configuration that the agent is started with.
     pub fn configuration_file(&self) -> PathBuf {
         self.directory.join("sidestep.toml")

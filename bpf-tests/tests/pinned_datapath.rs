@@ -18,7 +18,7 @@ use std::{
 
 use bpf_tests::{
     cgroup::Cgroup,
-    foreign::{ForeignProgram, Sharing},
+    foreign::{ForeignProgram, Sharing, Verdict::Pass},
     namespace::Namespace,
     program::Program,
     scratch::Scratch,
@@ -309,7 +309,7 @@ fn what_is_not_wanted_any_more_is_detached() {
 #[test]
 fn a_second_program_of_ours_is_detached_and_others_stay() {
     let mut bench = Bench::new("twice");
-    let foreign = ForeignProgram::load("somebody_else").unwrap();
+    let foreign = ForeignProgram::load("somebody_else", Pass).unwrap();
     foreign.attach(&bench.workloads, Sharing::Multi).unwrap();
     drop(bench.start());
     // An agent that does not know of the pins of the first.
@@ -322,7 +322,7 @@ fn a_second_program_of_ours_is_detached_and_others_stay() {
 #[test]
 fn who_holds_a_hook_alone_is_named_in_the_error() {
     let bench = Bench::new("alone");
-    let foreign = ForeignProgram::load("somebody_else").unwrap();
+    let foreign = ForeignProgram::load("somebody_else", Pass).unwrap();
     foreign
         .attach(bench.scratch.cgroup(), Sharing::Exclusive)
         .unwrap();

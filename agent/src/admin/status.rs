@@ -27,6 +27,8 @@ pub struct Status {
     pub kernel: String,
     /// The programs it holds attached.
     pub attachments: Vec<AttachmentStatus>,
+    /// Whether connects are captured, found out by doing.
+    pub effects: Vec<EffectStatus>,
     /// Capture verdicts by name, since the programs were loaded.
     pub capture: BTreeMap<String, u64>,
     /// The catalog in use.
@@ -43,6 +45,17 @@ pub struct Status {
     pub listeners: Vec<ListenerStatus>,
     /// The configured workloads.
     pub workloads: Vec<WorkloadStatus>,
+}
+
+/// What a connect below an attach point came to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EffectStatus {
+    /// The attach point.
+    pub cgroup: String,
+    /// Whether it was captured; `None` if that could not be found out.
+    pub captured: Option<bool>,
+    /// What happened instead, or why it is not known.
+    pub problem: Option<String>,
 }
 
 /// An agent that drains.

@@ -9,6 +9,7 @@ mod connections;
 mod detach;
 mod log;
 mod output;
+mod probe;
 mod run;
 mod status;
 mod upgrade;
@@ -52,6 +53,9 @@ enum Command {
     Detach(detach::DetachArgs),
     /// Change what the running agent logs, until it ends or is reloaded.
     Log(log::LogArgs),
+    /// Connect from a cgroup: how the agent finds out whether it captures.
+    #[command(hide = true)]
+    Probe(probe::ProbeArgs),
     /// Make and show certificate authorities.
     #[command(subcommand)]
     Ca(ca::CaCommand),
@@ -87,6 +91,7 @@ pub fn main() -> ExitCode {
         Command::Status(args) => status::status(&args),
         Command::Connections(args) => connections::connections(&args),
         Command::Detach(args) => detach::detach(&args),
+        Command::Probe(args) => probe::probe(&args),
         Command::Log(args) => log::log(&args),
         Command::Ca(command) => ca::ca(command),
     }

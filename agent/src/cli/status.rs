@@ -79,6 +79,22 @@ fn summary(status: &Status) -> String {
         if status.draining { ", draining" } else { "" },
         status.kernel,
     );
+    for effect in &status.effects {
+        if let Some(problem) = &effect.problem {
+            let what = if effect.captured.is_some() {
+                "NOT CAPTURED"
+            } else {
+                "not known whether captured"
+            };
+            text.push_str(&format!("{what}: {}: {problem}\n", effect.cgroup));
+        }
+    }
+    if let Some(before) = &status.predecessor {
+        text.push_str(&format!(
+            "process {} drains, {} connections left\n",
+            before.process, before.connections
+        ));
+    }
     let connections = &status.connections;
     text.push_str(&format!(
         "connections: {} outbound, {} inbound (at most {} each)\n",

@@ -120,6 +120,11 @@ impl Datapath {
         Ok(())
     }
 
+    /// The cgroups whose processes are captured.
+    pub fn attach_points(&self) -> &[PathBuf] {
+        &self.settings.cgroups
+    }
+
     /// What makes its holder the agent of this node, if the datapath is pinned.
     pub fn pin_lock(&self) -> Option<BorrowedFd<'_>> {
         self.pins.as_ref().map(PinDirectory::lock_descriptor)

@@ -31,8 +31,7 @@ async fn sockets_and_lock_go_over_and_the_queue_with_them() {
         assert_eq!(predecessor.process, std::process::id());
         assert_eq!(inheritance.sockets.len(), 300);
         assert!(inheritance.pin_lock.is_some() && inheritance.takes_over);
-        let new = ListeningSockets::default();
-        new.inherit(inheritance.sockets);
+        let new = ListeningSockets::inheriting(inheritance.sockets);
         let key = SocketKey::here(address).unwrap();
         let inherited = new.listen(key, || panic!("it was inherited")).unwrap();
         predecessor.retire().await.unwrap();
@@ -92,9 +91,8 @@ async fn a_socket_is_asked_for_by_what_it_is() {
     let (listener, kept) = listening(&sockets);
     let address = listener.local_addr().unwrap();
     let datagrams = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-    let next = ListeningSockets::default();
-    next.inherit(sockets.descriptors().unwrap());
-    next.inherit([OwnedFd::from(datagrams)]);
+    let inherited = sockets.descriptors().unwrap();
+    let next = ListeningSockets::inheriting(inherited.into_iter().chain([datagrams.into()]));
     drop((listener, kept));
     assert!(sockets.descriptors().unwrap().is_empty());
     // Still open: the next agent has it.

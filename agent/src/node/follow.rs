@@ -18,6 +18,7 @@ use super::{Node, start, supervisor::Watchdog};
 use crate::{
     config::{self, Config, IdentityConfig},
     datapath::{NetnsCookie, Undesired},
+    health,
     inbound::{listeners::TunnelListeners, targets::Targets},
     telemetry::log::chain,
 };
@@ -101,7 +102,11 @@ impl Follower {
         } else {
             Undesired::Keep
         };
-        match node.datapath.reconcile(&catalog.vip_targets(), undesired) {
+        let mut targets = catalog.vip_targets();
+        for address in health::reserved(config.capture.ipv6_range) {
+            targets.insert(address, health::target());
+        }
+        match node.datapath.reconcile(&targets, undesired) {
             Ok(changed) => {
                 self.behind = false;
                 tracing::info!(

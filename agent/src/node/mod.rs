@@ -7,6 +7,7 @@ mod follow;
 mod start;
 mod status;
 mod supervisor;
+mod well;
 
 pub(crate) use start::{certificate_authority, file_context, vip_pools};
 
@@ -32,6 +33,7 @@ use crate::{
     connections::Connections,
     datapath::Datapath,
     handover::{self, HandoverServer, Inheritance, Predecessor, Successor},
+    health::Health,
     identity::{LocalDomain, ca::BuiltinCa, certificates::Certificates},
     inbound::Inbound,
     lifecycle::Shutdown,
@@ -89,6 +91,7 @@ struct Node {
     sockets: ListeningSockets,
     /// The agent that this one took over from, while it drains.
     predecessor: Mutex<Option<PredecessorStatus>>,
+    health: Health,
     /// Where tunnels are taken now.
     tunnel_addresses: Mutex<Vec<std::net::SocketAddr>>,
     local: LocalDomain,

@@ -22,6 +22,7 @@ use crate::{
     connections::Connections,
     datapath::{Datapath, DatapathSettings, VipRanges, cgroup::Cgroup2, pins::PinDirectory},
     handover::Inheritance,
+    health::Health,
     identity::{
         LocalDomain,
         ca::{BuiltinCa, CaFiles},
@@ -59,8 +60,7 @@ pub(super) async fn start(
     inheritance: Inheritance,
 ) -> Result<Follower, NodeError> {
     let shutdown = Shutdown::default();
-    let sockets = ListeningSockets::default();
-    sockets.inherit(inheritance.sockets);
+    let sockets = ListeningSockets::inheriting(inheritance.sockets);
     let cgroups = Arc::new(own_cgroup(&config)?);
     let telemetry = telemetry(&config)?;
     let (catalog, source, loaded, problems) = catalog(&config);
@@ -134,6 +134,7 @@ pub(super) async fn start(
         captures,
         sockets,
         predecessor: Mutex::default(),
+        health: Health::default(),
         tunnel_addresses: Mutex::default(),
         local,
         shutdown,
@@ -162,7 +163,9 @@ fn begin_capture(follower: &mut Follower) -> Result<(), NodeError> {
     follower.follow_namespaces();
     node.datapath
         .attach_capture()
-        .map_err(NodeError::when("attach the eBPF programs"))
+        .map_err(NodeError::when("attach the eBPF programs"))?;
+    super::well::watch(&node);
+    Ok(())
 }
 
 fn own_cgroup(config: &Config) -> Result<Cgroup2, NodeError> {

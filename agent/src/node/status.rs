@@ -11,11 +11,12 @@ use crate::{
         StatusSource,
         status::{
             AttachmentStatus, AuthorityStatus, CatalogStatus, CertificateStatus, ConnectionCounts,
-            ConnectionStatus, ListenerStatus, ServiceStatus, Status, WorkloadStatus,
+            ConnectionStatus, EffectStatus, ListenerStatus, ServiceStatus, Status, WorkloadStatus,
         },
     },
     catalog::{model::Snapshot, store::Catalog},
     config::WorkloadRule,
+    health::Effect,
     outbound::listeners::Place,
     telemetry::{
         log::{LogError, chain},
@@ -54,6 +55,7 @@ impl StatusSource for Operators {
                     program_id: attachment.program_id,
                 })
                 .collect(),
+            effects: effects(node),
             capture: verdicts(node)
                 .into_iter()
                 .map(|(name, n)| (name.to_owned(), n))
@@ -126,6 +128,7 @@ pub(super) fn observe(node: &Node) -> Observations {
     let certificates = node.certificates.status().into_iter();
     Observations {
         capture: verdicts(node),
+        effective: node.health.is_well(),
         attached_programs: node.datapath.attachments().len() as u64,
         catalog: catalog.published_at.map(|loaded_at| CatalogObservation {
             version: catalog.version,
@@ -282,6 +285,22 @@ fn workloads(node: &Node) -> Vec<WorkloadStatus> {
 
 fn since(then: SystemTime) -> u64 {
     then.elapsed().unwrap_or_default().as_secs()
+}
+
+fn effects(node: &Node) -> Vec<EffectStatus> {
+    let described = |(cgroup, effect): (PathBuf, Effect)| {
+        let (captured, problem) = match effect {
+            Effect::Captured => (Some(true), None),
+            Effect::Missed(happened) => (Some(false), Some(happened)),
+            Effect::Unknown(why) => (None, Some(why)),
+        };
+        EffectStatus {
+            cgroup: cgroup.display().to_string(),
+            captured,
+            problem,
+        }
+    };
+    node.health.all().into_iter().map(described).collect()
 }
 
 /// The file of this program as it is now: an upgrade puts another one at its path.

@@ -16,7 +16,8 @@ use crate::{
     accept::accept_all,
     catalog::store::CatalogStore,
     connections::Connections,
-    datapath::Datapath,
+    datapath::{Captured, Datapath},
+    health,
     identity::{certificates::Certificates, workload::WorkloadResolver},
     lifecycle::Shutdown,
     policy::PolicyStore,
@@ -94,13 +95,20 @@ impl Outbound {
         .await;
     }
 
-    /// Carries one accepted connection to its end. Always leaves one access-log line.
+    /// Carries one accepted connection to its end. Always leaves one access-log line, but for the agent's own probes.
     async fn carry(&self, mut downstream: TcpStream, peer: SocketAddr) {
         let mut record = ConnectionRecord::begin(&self.telemetry, Direction::Outbound);
-        let outcome = tokio::select! {
-            biased;
-            () = self.shutdown.forced() => Outcome::Cut(DRAINED.to_owned()),
-            outcome = self.carry_recorded(&mut downstream, peer, &mut record) => outcome,
+        let outcome = match self.capture(&downstream, peer) {
+            Ok(captured) if health::is_probe(&captured) => {
+                record.discard();
+                return health::answer(&mut downstream).await;
+            }
+            Ok(captured) => tokio::select! {
+                biased;
+                () = self.shutdown.forced() => Outcome::Cut(DRAINED.to_owned()),
+                outcome = self.carry_captured(&mut downstream, &captured, &mut record) => outcome,
+            },
+            Err(outcome) => outcome,
         };
         if !matches!(outcome, Outcome::Completed) {
             downstream.abort();
@@ -108,26 +116,22 @@ impl Outbound {
         record.finish(outcome);
     }
 
-    async fn carry_recorded(
+    async fn carry_captured(
         &self,
         downstream: &mut TcpStream,
-        client: SocketAddr,
+        captured: &Captured,
         record: &mut ConnectionRecord,
     ) -> Outcome {
         let settings = **self.settings.load();
-        let captured = match self.capture(downstream, client) {
-            Ok(captured) => captured,
-            Err(outcome) => return outcome,
-        };
         record.original_destination(captured.destination);
         record.enter(Stage::Identity);
-        let caller = match self.identify(&captured).await {
+        let caller = match self.identify(captured).await {
             Ok(caller) => caller,
             Err(outcome) => return outcome,
         };
         record.source(&caller.identity, &caller.identity.service);
         record.enter(Stage::Route);
-        let callee = match self.destination(&captured) {
+        let callee = match self.destination(captured) {
             Ok(callee) => callee,
             Err(outcome) => return outcome,
         };

@@ -101,6 +101,8 @@ metrics! {
         "Failed accepts, mostly for want of file descriptors";
     ATTACHED_PROGRAMS: "sidestep_attached_programs", Gauge, [],
         "eBPF programs that the agent holds attached";
+    CAPTURE_EFFECTIVE: "sidestep_capture_effective", Gauge, [],
+        "1 if the agent's own connects below every attach point are captured, 0 if one is not";
     CATALOG_VERSION: "sidestep_catalog_version", Gauge, [],
         "The number of the catalog in use; rises with every change";
     CATALOG_AGE: "sidestep_catalog_age_seconds", Gauge, [],

@@ -25,6 +25,7 @@ fn example() -> Status {
         version: "0.1.0".to_owned(),
         process: 1,
         predecessor: None,
+        effects: vec![],
         node: "a".to_owned(),
         started_at: Timestamp(std::time::UNIX_EPOCH + Duration::from_millis(1_790_000_000_500)),
         uptime_seconds: 60,

@@ -139,6 +139,8 @@ impl Metrics {
 pub struct Observations {
     /// Capture verdicts by name, since the programs were loaded.
     pub capture: Vec<(&'static str, u64)>,
+    /// Whether connects are captured, as far as is known.
+    pub effective: bool,
     /// How many programs are attached.
     pub attached_programs: u64,
     /// The catalog in use.
@@ -279,6 +281,8 @@ impl Collector for ObserverCell {
         }
         Samples::begin(&mut encoder, &names::ATTACHED_PROGRAMS)?
             .gauge(&[], seen.attached_programs)?;
+        Samples::begin(&mut encoder, &names::CAPTURE_EFFECTIVE)?
+            .gauge(&[], u64::from(seen.effective))?;
         if let Some(catalog) = &seen.catalog {
             encode_catalog(&mut encoder, catalog)?;
         }

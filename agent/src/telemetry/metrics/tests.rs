@@ -28,6 +28,7 @@ fn eventful() -> Metrics {
     metrics.accept_failed(Direction::Inbound);
     metrics.observe(|| Observations {
         capture: vec![("rewritten", 5)],
+        effective: true,
         attached_programs: 6,
         catalog: Some(CatalogObservation {
             version: 3,

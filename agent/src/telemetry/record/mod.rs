@@ -293,6 +293,11 @@ impl ConnectionRecord {
         });
     }
 
+    /// Forgets it: this was no connection of anybody's.
+    pub fn discard(mut self) {
+        self.inner = None;
+    }
+
     /// Writes the record.
     pub fn finish(mut self, outcome: Outcome) {
         if let Some(inner) = self.inner.take() {

@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// A web server on `b`, called by `shop` on `a`.
-fn web(purpose: &str) -> Result<Mesh> {
+pub(super) fn web(purpose: &str) -> Result<Mesh> {
     let mut mesh = Mesh::new(purpose)?;
     let place = mesh.place("web", "web", Kind::Cgroup)?;
     mesh.register("web", "web", vip(1, 80), local(8080));
@@ -46,7 +46,7 @@ fn links(node: &Node) -> Result<BTreeSet<u64>> {
         .collect())
 }
 
-fn serves(mesh: &Mesh) -> Result<bool> {
+pub(super) fn serves(mesh: &Mesh) -> Result<bool> {
     let url = format!("http://{}/", vip(1, 80));
     Ok(mesh.shop.curl(&url).output(SOON)?.stdout.trim() == "web")
 }
