@@ -13,6 +13,8 @@ test_claims! {
     a_broken_catalog_at_start_takes_nothing_away
     an_upgrade_loses_no_connection
     a_kill_costs_only_the_time_away
+    changes_cost_no_connection
+    nothing_is_readable_meanwhile
     an_effect_that_is_lost_is_told
     a_cgroup_that_was_replaced_is_attached_anew
     detach_leaves_a_clean_host

@@ -21,22 +21,22 @@ const SERVICES: u16 = 200;
 const UPLOADS: &str = "hash";
 
 /// A steady load from `shop` on `a` to all services on `b`.
-struct Storm {
+pub(super) struct Storm {
     targets: PathBuf,
     log: PathBuf,
     running: Running,
 }
 
 /// What became of it.
-struct Report {
-    right: u64,
-    wrong: u64,
+pub(super) struct Report {
+    pub(super) right: u64,
+    pub(super) wrong: u64,
     /// When each failed attempt began and ended, and how.
-    failures: Vec<(u64, u64, String)>,
+    pub(super) failures: Vec<(u64, u64, String)>,
 }
 
 impl Storm {
-    fn begin(mesh: &Mesh, size: Size) -> Result<Self> {
+    pub(super) fn begin(mesh: &Mesh, size: Size) -> Result<Self> {
         let targets = mesh.write_targets()?;
         // Those that say their name without being asked.
         let all = fs::read_to_string(&targets)?;
@@ -58,7 +58,7 @@ impl Storm {
         })
     }
 
-    fn end(mut self) -> Result<Report> {
+    pub(super) fn end(mut self) -> Result<Report> {
         fs::remove_file(&self.targets)?;
         self.running
             .wait(Duration::from_mins(2))?
@@ -94,19 +94,20 @@ impl Report {
     }
 }
 
-fn many_services(purpose: &str) -> Result<Mesh> {
+pub(super) fn many_services(purpose: &str) -> Result<Mesh> {
     let mut mesh = Mesh::new(purpose)?;
     let place = mesh.place("svc-0", "names", Kind::Cgroup)?;
     for number in 0..SERVICES {
         let name = format!("svc-{number}");
-        mesh.register(&name, &name, vip(number, 80), local(20_000 + number));
+        let answer = format!("answer-{number}");
+        mesh.register(&name, &answer, vip(number, 80), local(20_000 + number));
     }
-    let served = format!("{SERVICES} svc-");
+    let served = format!("{SERVICES} answer-");
     mesh.keep(services::peer(&place, "names", local(20_000), &served)?);
     Ok(mesh)
 }
 
-fn upgrade(node: &Node) -> Result<String> {
+pub(super) fn upgrade(node: &Node) -> Result<String> {
     let output = node
         .sidestep(&["upgrade"])?
         .output(Duration::from_mins(1))?;
