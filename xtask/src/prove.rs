@@ -3,7 +3,10 @@
 use std::{fmt::Write as _, process::ExitCode};
 
 use anyhow::{Result, bail};
-use bpf_tests::claims::{Claim, Size, TOPICS, Topic};
+use bpf_tests::{
+    claims::{Claim, Size, TOPICS, Topic},
+    programs,
+};
 
 use crate::{
     build, host,
@@ -37,6 +40,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         bail!("there is no topic {name}");
     };
     prepare(topic)?;
+    if !arguments.quick {
+        // What users run.
+        programs::use_agent(build::release_agent()?);
+    }
     let size = if arguments.quick {
         Size::Quick
     } else {

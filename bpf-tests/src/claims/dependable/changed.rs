@@ -62,8 +62,10 @@ pub(super) fn changes_cost_no_connection(size: Size) -> Result<Finding> {
     Ok(Finding::new(
         report.wrong == 0 && report.failures.is_empty() && report.right > 0,
         format!(
-            "{written} changes of the catalog at {CHANGES} a second, {reloads} reloads of each agent: {} connections right, {} wrong, failed: {:?}",
-            report.right, report.wrong, report.failures,
+            "{written} changes of the catalog at {CHANGES} a second, {reloads} reloads of each agent: {}, {} wrong, failed: {:?}",
+            report.load(),
+            report.wrong,
+            report.failures,
         ),
     ))
 }

@@ -31,6 +31,7 @@ pub(super) struct Storm {
 pub(super) struct Report {
     pub(super) right: u64,
     pub(super) wrong: u64,
+    ms: u64,
     /// When each failed attempt began and ended, and how.
     pub(super) failures: Vec<(u64, u64, String)>,
 }
@@ -71,6 +72,7 @@ impl Storm {
         Ok(Report {
             right: number(report.get("right")),
             wrong: number(report.get("wrong")),
+            ms: number(report.get("ms")),
             failures: failures
                 .context("no failures in the report")?
                 .iter()
@@ -84,6 +86,12 @@ impl Storm {
 }
 
 impl Report {
+    /// For people: how many, and how many a second.
+    pub(super) fn load(&self) -> String {
+        let rate = self.right * 1_000 / self.ms.max(1);
+        format!("{} connections right ({rate} a second)", self.right)
+    }
+
     /// Failed attempts that lie outside of all these times.
     fn unexplained(&self, away: &[(u64, u64)]) -> Vec<&(u64, u64, String)> {
         let explained = |from: u64, to: u64| away.iter().any(|(a, b)| from <= *b && to >= *a);
@@ -177,8 +185,10 @@ pub(super) fn an_upgrade_loses_no_connection(size: Size) -> Result<Finding> {
     Ok(Finding::new(
         report.wrong == 0 && report.failures.is_empty() && report.right > 0 && whole == upgrades,
         format!(
-            "{upgrades} upgrades: {} connections right, {} wrong, failed: {:?}; {whole} uploads over an upgrade whole",
-            report.right, report.wrong, report.failures,
+            "{upgrades} upgrades: {}, {} wrong, failed: {:?}; {whole} uploads over an upgrade whole",
+            report.load(),
+            report.wrong,
+            report.failures,
         ),
     ))
 }
@@ -204,9 +214,9 @@ pub(super) fn a_kill_costs_only_the_time_away(size: Size) -> Result<Finding> {
     Ok(Finding::new(
         report.wrong == 0 && unexplained.is_empty() && report.right > 0,
         format!(
-            "{} kills, each agent back within {longest} ms: {} connections right, {} wrong, {} failed while an agent was away, and at other times: {unexplained:?}",
+            "{} kills, each agent back within {longest} ms: {}, {} wrong, {} failed while an agent was away, and at other times: {unexplained:?}",
             2 * rounds,
-            report.right,
+            report.load(),
             report.wrong,
             report.failures.len() - unexplained.len(),
         ),
