@@ -28,7 +28,18 @@ pub(super) fn run(args: &RunArgs) -> ExitCode {
         Err(error) => return output::failed(&error),
     };
     match privileges::raise_open_files() {
-        Ok(limit) => tracing::debug!(limit, "limit of open files raised"),
+        Ok(limit) => {
+            // Two for each connection, in either direction.
+            let needed = u64::from(config.limits.max_connections).saturating_mul(4);
+            if limit < needed {
+                tracing::warn!(
+                    limit,
+                    needed,
+                    "the hard limit of open files is below what limits.max_connections may need: at the limit \
+                     new connections wait (LimitNOFILE= in a unit raises it)"
+                );
+            }
+        }
         Err(error) => tracing::warn!(error = %log::chain(&error), "limit of open files not raised"),
     }
     // Before other threads exist: they inherit what is left.

@@ -80,8 +80,12 @@ fn read_one(file: &Path) -> Result<Table, ConfigProblem> {
 }
 
 fn parse(file: &Path, text: &str) -> Result<Table, ConfigProblem> {
-    text.parse()
-        .map_err(|error: toml::de::Error| unreadable(file, format!("is not TOML: {error}")))
+    text.parse().map_err(|error: toml::de::Error| {
+        let before = error.span().and_then(|span| text.get(..span.start));
+        let line = before.unwrap_or_default().matches('\n').count() + 1;
+        let message = error.message().replace('\n', ", ");
+        unreadable(file, format!("is not TOML: line {line}: {message}"))
+    })
 }
 
 fn unreadable(file: &Path, message: String) -> ConfigProblem {

@@ -263,7 +263,12 @@ fn a_missing_file_and_bad_syntax_are_told() {
         missing.starts_with("/nonexistent/sidestep.toml: cannot be read"),
         "{missing}"
     );
-    assert!(problems("[node").first().unwrap().contains("is not TOML"));
+    let not_toml = problems("\n[node");
+    let said = not_toml.first().unwrap();
+    assert!(
+        said.contains("is not TOML: line 2: ") && !said.contains('\n'),
+        "{said}"
+    );
 }
 
 #[test]

@@ -20,6 +20,7 @@ use super::{
     spiffe::{SpiffeId, TrustDomain},
     verify::PeerIdentityError,
 };
+use crate::telemetry::timestamp::Timestamp;
 
 /// A future as trait objects return it.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -151,7 +152,7 @@ pub enum IssueError {
         trust_domain: TrustDomain,
     },
     /// The authority's own certificate has run out, or is not valid yet.
-    #[error("the CA certificate {subject} is valid only from {not_before} to {not_after}")]
+    #[error("the CA certificate {subject} is valid only from {} to {}", Timestamp::from(*not_before), Timestamp::from(*not_after))]
     AuthorityNotValid {
         /// Of the CA certificate.
         subject: String,

@@ -222,10 +222,9 @@ impl Inbound {
         record.instance(&target.instance.id);
         record.enter(Stage::Identity);
         let identity = self.local.identity_of(&target.service);
-        let tls = self
-            .certificates
-            .for_identity(&identity)
+        let tls = tokio::time::timeout_at(deadline, self.certificates.for_identity(&identity))
             .await
+            .map_err(|_elapsed| handshake_failed(TunnelError::HandshakeTimeout))?
             .map_err(|error| Outcome::Failed {
                 stage: Stage::Identity,
                 side: Side::Internal,

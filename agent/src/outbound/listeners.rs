@@ -4,6 +4,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt,
     path::PathBuf,
     sync::Arc,
 };
@@ -39,6 +40,15 @@ pub enum Place {
     Host,
     /// The one that a file refers to.
     File(PathBuf),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Host => f.write_str("host"),
+            Self::File(path) => path.display().fmt(f),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -117,7 +127,7 @@ impl CaptureNamespaces {
                 continue;
             }
             if let Err(error) = self.start(place.clone(), netns) {
-                tracing::error!(?place, error = %chain(&error), "namespace not captured");
+                tracing::error!(%place, error = %chain(&error), "namespace not captured");
             }
         }
         self.cookies()
@@ -146,10 +156,10 @@ impl CaptureNamespaces {
             if !keep {
                 // The programs stop rewriting to it before its listener goes.
                 if let Err(error) = self.outbound.datapath.dismiss_netns(open.cookie) {
-                    tracing::warn!(?place, error = %chain(&error), "namespace not dismissed");
+                    tracing::warn!(%place, error = %chain(&error), "namespace not dismissed");
                 }
                 open.closed.cancel();
-                tracing::info!(?place, "stopped capturing in namespace");
+                tracing::info!(%place, "stopped capturing in namespace");
             }
             keep
         });
@@ -178,7 +188,7 @@ impl CaptureNamespaces {
                     }
                 });
         }
-        tracing::info!(?place, %cookie, port, "capturing in namespace");
+        tracing::info!(%place, %cookie, port, "capturing in namespace");
         self.open.lock().insert(
             place,
             OpenNamespace {

@@ -122,6 +122,8 @@ impl Outbound {
         captured: &Captured,
         record: &mut ConnectionRecord,
     ) -> Outcome {
+        // Killed from here on, the agent leaves the application a reset and not an answer that seems empty.
+        downstream.reset_on_close(true);
         let settings = **self.settings.load();
         record.original_destination(captured.destination);
         record.enter(Stage::Identity);

@@ -59,7 +59,15 @@ impl AsyncRead for TunnelStream {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tls).poll_read(cx, buf)
+        let read = Pin::new(&mut self.tls).poll_read(cx, buf);
+        read.map_err(|error| {
+            if error.kind() != io::ErrorKind::UnexpectedEof {
+                return error;
+            }
+            // What the library says of it explains itself by an address of its documentation.
+            let said = "the tunnel ended without a word (no close_notify): its other end was killed, or somebody cut it";
+            io::Error::new(io::ErrorKind::UnexpectedEof, said)
+        })
     }
 }
 

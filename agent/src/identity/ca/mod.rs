@@ -36,7 +36,7 @@ use super::{
     spiffe::{SpiffeId, SpiffeIdError, TrustDomain},
     workload_tls::WorkloadTls,
 };
-use crate::catalog::model::NodeName;
+use crate::{catalog::model::NodeName, telemetry::timestamp::Timestamp};
 
 /// Ten years, as Consul's root.
 const ROOT_LIFE: Duration = Duration::from_hours(10 * 365 * 24);
@@ -201,7 +201,7 @@ impl BuiltinCa {
             if changed {
                 tracing::info!(
                     subject = summary.subject,
-                    not_after = %summary.not_after,
+                    not_after = %Timestamp::from(summary.not_after),
                     roots = roots.certificates().len(),
                     replaced,
                     "certificate authority changed"
@@ -558,7 +558,7 @@ pub enum CaError {
         path: PathBuf,
     },
     /// The CA's certificate is too old or too new.
-    #[error("the CA certificate in {} is valid only from {not_before} to {not_after}", path.display())]
+    #[error("the CA certificate in {} is valid only from {} to {}", path.display(), Timestamp::from(*not_before), Timestamp::from(*not_after))]
     NotValid {
         /// The file.
         path: PathBuf,

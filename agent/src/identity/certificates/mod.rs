@@ -27,7 +27,10 @@ use super::{
     spiffe::SpiffeId,
     workload_tls::WorkloadTls,
 };
-use crate::{lifecycle::Shutdown, telemetry::log::chain};
+use crate::{
+    lifecycle::Shutdown,
+    telemetry::{log::chain, timestamp::Timestamp},
+};
 
 /// How long the provider may take for one certificate. The built-in CA takes under a millisecond.
 const ISSUE_DEADLINE: Duration = Duration::from_secs(10);
@@ -220,7 +223,7 @@ pub enum CertificateError {
         source: Arc<IssueError>,
     },
     /// The last one ran out.
-    #[error("the certificate of {identity} expired at {not_after} and could not be renewed")]
+    #[error("the certificate of {identity} expired at {} and could not be renewed", Timestamp::from(*not_after))]
     Expired {
         /// Whose.
         identity: SpiffeId,
@@ -292,7 +295,7 @@ impl Keeper {
                 );
                 tracing::info!(
                     identity = %self.identity,
-                    not_after = %time::OffsetDateTime::from(tls.not_after()),
+                    not_after = %Timestamp(tls.not_after()),
                     issuer,
                     "certificate issued"
                 );
