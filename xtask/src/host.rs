@@ -33,6 +33,10 @@ const PACKAGES: &[(&str, &str)] = &[
     ("python3", "python3"),
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("dpkg-deb", "dpkg"),
+    ("dpkg-shlibdeps", "dpkg-dev"),
+    ("lintian", "lintian"),
+    ("gzip", "gzip"),
+    ("mmdebstrap", "mmdebstrap"),
     ("strip", "binutils"),
     ("xz", "xz-utils"),
 ];

@@ -7,6 +7,7 @@ mod bench;
 mod kernels;
 mod fuzz;
 mod build;
+mod dist;
 mod ebpf;
 mod host;
 mod interrupt;
@@ -45,6 +46,8 @@ enum Command {
     BuildEbpf,
     /// Builds the eBPF programs and the agent for production: target/release/sidestep.
     Build,
+    /// Makes the agent a package for Debian, with its unit for systemd: target/dist/*.deb.
+    Dist(dist::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -78,5 +81,6 @@ fn run(command: &Command) -> Result<ExitCode> {
             say(agent.display());
             Ok(ExitCode::SUCCESS)
         }
+        Command::Dist(arguments) => dist::run(arguments),
     }
 }

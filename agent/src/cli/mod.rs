@@ -20,7 +20,7 @@ use std::{
     process::ExitCode,
 };
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 
 use crate::config::{self, Config, DEFAULT_PATH};
 
@@ -66,6 +66,11 @@ struct ConfigArgs {
     /// The configuration file; its drop-ins are in the directory beside it, `.d` in place of `.toml`.
     #[arg(long, short, value_name = "FILE", default_value = DEFAULT_PATH)]
     config: PathBuf,
+}
+
+/// The command line as clap has it, for pages and completions.
+pub fn command() -> clap::Command {
+    Cli::command()
 }
 
 /// Reads the command line and does what it says.
