@@ -8,6 +8,7 @@ mod kernels;
 mod fuzz;
 mod build;
 mod dist;
+mod vm;
 mod ebpf;
 mod host;
 mod interrupt;
@@ -48,6 +49,8 @@ enum Command {
     Build,
     /// Makes the agent a package for Debian, with its unit for systemd: target/dist/*.deb.
     Dist(dist::Arguments),
+    /// Tries that package on Debian with systemd, in emulated machines.
+    Vm(vm::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -82,5 +85,6 @@ fn run(command: &Command) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Dist(arguments) => dist::run(arguments),
+        Command::Vm(arguments) => vm::run(arguments),
     }
 }

@@ -61,6 +61,46 @@ impl Archive {
         self.add(header, name, contents)
     }
 
+    /// A program.
+    ///
+    /// # Errors
+    /// As [`Self::file`].
+    pub(crate) fn program(&mut self, name: &str, contents: &[u8]) -> Result<()> {
+        let header = Header {
+            mode: FILE | 0o755,
+            ..Header::default()
+        };
+        self.add(header, name, contents)
+    }
+
+    /// Directories, files and symbolic links below `root`, by their names there; all belong to root.
+    ///
+    /// # Errors
+    /// If something cannot be read, or has no name in UTF-8.
+    pub(crate) fn tree(&mut self, root: &Path) -> Result<()> {
+        self.below(root, root)
+    }
+
+    fn below(&mut self, root: &Path, directory: &Path) -> Result<()> {
+        let fails = || format!("packing {}", directory.display());
+        for entry in fs::read_dir(directory).with_context(fails)? {
+            let path = entry.with_context(fails)?.path();
+            let name = path.strip_prefix(root).unwrap_or(&path);
+            let name = name.to_str().with_context(fails)?.to_owned();
+            let kind = fs::symlink_metadata(&path).with_context(fails)?.file_type();
+            if kind.is_dir() {
+                self.directory(&name)?;
+                self.below(root, &path)?;
+            } else if kind.is_symlink() {
+                let target = fs::read_link(&path).with_context(fails)?;
+                self.link(&name, target.to_str().with_context(fails)?)?;
+            } else if kind.is_file() {
+                self.copy(&path, &name)?;
+            }
+        }
+        Ok(())
+    }
+
     /// A symbolic link.
     ///
     /// # Errors

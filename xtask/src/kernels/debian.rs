@@ -22,7 +22,7 @@ const PARTS: [&str; 3] = ["linux-image-", "linux-binary-", "linux-modules-"];
 const MODULES: [&str; 1] = ["drivers/net/veth.ko"];
 
 /// Signs the lists of packages of every release. Not where apt looks by itself on all machines.
-const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+pub(crate) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// A kernel to be booted.
 #[derive(Debug, Clone)]
@@ -209,7 +209,7 @@ impl Apt {
 }
 
 /// Where this machine's own packages come from. apt knows whose they are once it has fetched its lists.
-fn mirror(step: &Step) -> Result<String> {
+pub(crate) fn mirror(step: &Step) -> Result<String> {
     if let Some(mirror) = known_mirror()? {
         return Ok(mirror);
     }

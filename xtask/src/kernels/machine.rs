@@ -132,7 +132,7 @@ pub(crate) fn boot(
 
 /// The processor to emulate. QEMU 7.2 spoils the flags when it emulates CMPXCHG16B: 6.12 crashes, in two boots of
 /// three, as it allocates memory. 7.2 gives no storage to sockets without that instruction, and does not crash.
-fn processor(release: &str) -> &'static str {
+pub(crate) fn processor(release: &str) -> &'static str {
     let major = release
         .split('.')
         .next()

@@ -3,10 +3,10 @@
 //! Debian's kernels, from the oldest to the newest, each booted in an emulated machine. What they find is in
 //! docs/kernels.md.
 
-mod archive;
-mod debian;
+pub(crate) mod archive;
+pub(crate) mod debian;
 mod guest;
-mod machine;
+pub(crate) mod machine;
 mod refusals;
 mod verified;
 
