@@ -35,6 +35,8 @@ pub struct VipAllocator {
     state_file: Option<PathBuf>,
     quarantine: Duration,
     given: BTreeMap<ServiceName, Given>,
+    /// The state file says something else than `given`.
+    is_unsaved: bool,
 }
 
 /// What one service has, or had until `freed_at`.
@@ -142,6 +144,7 @@ impl VipAllocator {
                 state_file,
                 quarantine,
                 given,
+                is_unsaved: false,
             },
             problem,
         )
@@ -158,6 +161,7 @@ impl VipAllocator {
             state_file: None,
             quarantine: Duration::ZERO,
             given: parse_state(state)?,
+            is_unsaved: false,
         })
     }
 
@@ -176,15 +180,18 @@ impl VipAllocator {
             let given = self.give(name, &mut taken, &mut assigned.problems);
             assigned.addresses.insert(name.clone(), given);
         }
-        if before != self.given
-            && let Some(path) = self.state_file.clone()
-            && let Err(source) = write_state(&path, &self.given)
-        {
-            assigned
-                .problems
-                .push(VipProblem::NotSaved { path, source });
-        }
+        self.is_unsaved |= before != self.given;
+        assigned.problems.extend(self.save());
         assigned
+    }
+
+    /// Writes the state file if it says something else. What could not be written is tried again next time.
+    fn save(&mut self) -> Option<VipProblem> {
+        let path = self.state_file.clone().filter(|_| self.is_unsaved)?;
+        let written = write_state(&path, &self.given);
+        self.is_unsaved = written.is_err();
+        let source = written.err()?;
+        Some(VipProblem::NotSaved { path, source })
     }
 
     /// Marks what has no service any more, and forgets what was marked long enough ago.

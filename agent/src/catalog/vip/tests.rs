@@ -171,6 +171,30 @@ fn what_a_state_file_may_not_say_is_given_anew() {
 }
 
 #[test]
+fn what_could_not_be_saved_is_a_problem_until_it_is() {
+    let directory = tempfile::tempdir().unwrap();
+    let place = directory.path().join("state");
+    let state = place.join("vips.json");
+    let mut vips = allocator("240.0.0.0/4", Some(&state));
+    // A file where the directory is to be made.
+    fs::write(&place, "").unwrap();
+    let web = snapshot([("web", None)]);
+    for _ in 0..2 {
+        let problems = vips.assign(&web, at(0)).problems;
+        assert!(
+            matches!(problems.as_slice(), [VipProblem::NotSaved { .. }]),
+            "{problems:?}"
+        );
+    }
+    fs::remove_file(&place).unwrap();
+    assert!(vips.assign(&web, at(0)).problems.is_empty());
+    assert!(fs::read_to_string(&state).unwrap().contains("web"));
+    fs::remove_file(&state).unwrap();
+    vips.assign(&web, at(0));
+    assert!(!state.exists(), "saved once");
+}
+
+#[test]
 fn a_state_file_that_cannot_be_written_is_reported_and_addresses_hold() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("file");
