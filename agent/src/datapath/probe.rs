@@ -186,7 +186,8 @@ fn attach_point(cgroups: &Cgroup2, path: &Path) -> Vec<Finding> {
             let Ok(attached) = bpf::prog_query(opened.as_fd(), *hook, false) else {
                 continue;
             };
-            findings.extend(foreign(&name, level, *hook, &attached));
+            let is_above = level != directory;
+            findings.extend(foreign(&name, level, is_above, *hook, &attached));
         }
     }
     if findings.is_empty() {
@@ -198,10 +199,12 @@ fn attach_point(cgroups: &Cgroup2, path: &Path) -> Vec<Finding> {
 fn foreign(
     name: &str,
     level: &Path,
+    is_above: bool,
     hook: CgroupHook,
     attached: &bpf::Attached,
 ) -> Option<Finding> {
-    /// `BPF_F_ALLOW_MULTI`
+    /// `BPF_F_ALLOW_OVERRIDE`, `BPF_F_ALLOW_MULTI`
+    const OVERRIDE: u32 = 1;
     const MULTI: u32 = 2;
     let names: Vec<String> = attached
         .programs
@@ -213,14 +216,18 @@ fn foreign(
         return None;
     }
     let detail = format!("{} at {hook:?} of {}", names.join(", "), level.display());
-    Some(if attached.flags & MULTI == 0 {
-        let advice =
-            "it holds the hook exclusively: attach it with BPF_F_ALLOW_MULTI, or detach it";
-        fail(name, detail, advice)
-    } else {
+    Some(if attached.flags & MULTI != 0 {
         let advice = "it runs beside Sidestep's, after it if it is attached above; if it rewrites \
                       the same addresses, one of them must be told to leave them";
         finding(name, Status::Warn, detail, advice)
+    } else if is_above && attached.flags & OVERRIDE != 0 {
+        let advice = "it lets others take its place: below the attach point Sidestep's runs, and \
+                      it does not; attach it with BPF_F_ALLOW_MULTI to have both";
+        finding(name, Status::Warn, detail, advice)
+    } else {
+        let advice =
+            "it holds the hook exclusively: attach it with BPF_F_ALLOW_MULTI, or detach it";
+        fail(name, detail, advice)
     })
 }
 
