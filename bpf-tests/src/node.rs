@@ -128,6 +128,19 @@ impl Node {
         &self.namespace
     }
 
+    /// Its cgroup, with its agent's and those of its workloads below.
+    pub fn cgroup(&self) -> &Cgroup {
+        &self.cgroup
+    }
+
+    /// Where connections are captured: here and below.
+    ///
+    /// # Errors
+    /// If the cgroup is gone and cannot be made.
+    pub fn attach_point(&self) -> Result<Cgroup> {
+        self.cgroup.child("workloads")
+    }
+
     /// Its directory.
     pub fn directory(&self) -> &Path {
         &self.directory
@@ -414,14 +427,6 @@ impl Node {
     /// Kills the agent.
     pub fn kill_agent(&mut self) {
         self.agent = None;
-    }
-
-    /// The cgroup that the agent attaches to.
-    ///
-    /// # Errors
-    /// If it cannot be made.
-    pub fn workloads_cgroup(&self) -> Result<Cgroup> {
-        self.cgroup.child("workloads")
     }
 
     /// The configuration that the agent is started with.

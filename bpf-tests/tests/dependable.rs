@@ -18,4 +18,14 @@ test_claims! {
     an_effect_that_is_lost_is_told
     a_cgroup_that_was_replaced_is_attached_anew
     detach_leaves_a_clean_host
+    a_catalog_too_large_takes_nothing_away
+    a_socket_without_memory_is_refused
+    refusals_that_nobody_reads_block_nothing
+    a_full_disk_keeps_nobody_from_calling
+    connections_that_say_nothing_are_cheap_and_end
+    garbage_at_the_tunnel_port_harms_nobody
+    an_agent_starts_beside_others_or_says_why_not
+    others_that_come_later_take_nothing_away
+    a_transfer_goes_on_when_the_link_is_back
+    a_transfer_to_a_lost_node_ends
 }

@@ -4,15 +4,19 @@ use std::{
     io::{ErrorKind, Read as _, Write as _},
     net::{Shutdown, SocketAddr, TcpStream},
     path::Path,
+    thread,
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use bpf_tests::wait::{Stopwatch, pause};
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
-use crate::{say, servers::hex};
+use crate::{
+    say,
+    servers::{hex, send_forever},
+};
 
 /// Nothing that answers at all takes longer, even on a busy machine.
 const PATIENCE: Duration = Duration::from_mins(1);
@@ -120,6 +124,33 @@ pub(crate) fn live(address: SocketAddr) -> Result<()> {
         }
         pause(Duration::from_millis(20));
     }
+}
+
+/// Sends without end and reads, until that fails; says `up` once bytes came, and then how it ended.
+pub(crate) fn talk_to(address: SocketAddr) -> Result<()> {
+    let mut stream =
+        TcpStream::connect(address).with_context(|| format!("connecting to {address}"))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut writer = stream.try_clone()?;
+    let sending = thread::spawn(move || send_forever(&mut writer));
+    let mut buffer = vec![0; 64 * 1024];
+    let mut is_up = false;
+    let end = loop {
+        match stream.read(&mut buffer) {
+            // The kernel tells a reset once, to who reads or to who writes.
+            Ok(0) => match sending.join() {
+                Ok(error) => break name_of(&error),
+                Err(_panic) => bail!("the thread that sends panicked"),
+            },
+            Ok(_) if !is_up => {
+                is_up = true;
+                say("up")?;
+            }
+            Ok(_) => {}
+            Err(error) => break name_of(&error),
+        }
+    };
+    say(json!({ "end": end }))
 }
 
 /// The name that programmers know an error by.

@@ -30,6 +30,8 @@ usage: sidestep-peer MODE ARGUMENT...
   hash ADDRESS                     read to the end, then answer with the SHA-256
   reset ADDRESS                    read one byte, then reset the connection
   sink ADDRESS                     read and forget
+  talk ADDRESS                     send without end, and read
+  talk-to ADDRESS                  the same as a client, until it fails
   read ADDRESS                     connect and read to the end
   upload ADDRESS BYTES [FILE]      send, the second half once FILE is gone, close that direction, read the answer
   live ADDRESS                     exchange bytes until it fails
@@ -63,6 +65,8 @@ fn dispatch(arguments: &[String]) -> Result<()> {
         ["hash", address] => servers::hash(parsed(address)?),
         ["reset", address] => servers::reset(parsed(address)?),
         ["sink", address] => servers::sink(parsed(address)?),
+        ["talk", address] => servers::talk(parsed(address)?),
+        ["talk-to", address] => clients::talk_to(parsed(address)?),
         ["read", address] => clients::read(parsed(address)?),
         ["upload", address, bytes] => clients::upload(parsed(address)?, parsed(bytes)?, None),
         ["upload", address, bytes, hold] => {

@@ -133,6 +133,29 @@ fn discard(stream: &mut TcpStream) -> Result<()> {
     Ok(())
 }
 
+/// Sends without end on each connection, and reads what comes.
+pub(crate) fn talk(address: SocketAddr) -> Result<()> {
+    let listener = listener(address)?;
+    say_listening(address)?;
+    for stream in listener.incoming() {
+        let mut stream = stream?;
+        let mut writer = stream.try_clone()?;
+        thread::spawn(move || send_forever(&mut writer));
+        thread::spawn(move || discard(&mut stream));
+    }
+    Ok(())
+}
+
+/// Until that fails; returns why.
+pub(crate) fn send_forever(stream: &mut TcpStream) -> std::io::Error {
+    let buffer = vec![0x5a; 64 * 1024];
+    loop {
+        if let Err(error) = stream.write_all(&buffer) {
+            return error;
+        }
+    }
+}
+
 /// Sends everything back, for any number of connections, in one thread.
 pub(crate) fn echo(address: SocketAddr) -> Result<()> {
     let listener = listener(address)?;

@@ -6,35 +6,12 @@ use anyhow::{Context as _, Result};
 use rustix::process::Signal;
 use serde_json::Value;
 
+use super::web::{self, serves};
 use crate::{
     claims::{Finding, Size},
-    mesh::{Mesh, local, vip},
     node::Node,
-    services,
-    wait::{SOON, wait_for_value},
-    workload::Kind,
+    wait::SOON,
 };
-
-/// A web server on `b`, called by `shop` on `a`.
-pub(super) fn web(purpose: &str) -> Result<Mesh> {
-    let mut mesh = Mesh::new(purpose)?;
-    let place = mesh.place("web", "web", Kind::Cgroup)?;
-    mesh.register("web", "web", vip(1, 80), local(8080));
-    mesh.keep(services::http(&place, local(8080), "web")?);
-    Ok(mesh)
-}
-
-/// `ok`, or the errno that `connect()` ended with.
-fn call(mesh: &Mesh) -> Result<String> {
-    let report = mesh.shop.ask_peer(&format!("read {}", vip(1, 80)), SOON)?;
-    let connected = report.get("connected") == Some(&true.into());
-    let end = report.get("end").and_then(Value::as_str);
-    Ok(if connected {
-        "ok".to_owned()
-    } else {
-        end.unwrap_or("nothing").to_owned()
-    })
-}
 
 fn links(node: &Node) -> Result<BTreeSet<u64>> {
     let status = node.status()?;
@@ -46,17 +23,12 @@ fn links(node: &Node) -> Result<BTreeSet<u64>> {
         .collect())
 }
 
-pub(super) fn serves(mesh: &Mesh) -> Result<bool> {
-    let url = format!("http://{}/", vip(1, 80));
-    Ok(mesh.shop.curl(&url).output(SOON)?.stdout.trim() == "web")
-}
-
 pub(super) fn a_killed_agent_fails_closed(_size: Size) -> Result<Finding> {
-    let mut mesh = web("killed")?;
+    let mut mesh = web::mesh("killed")?;
     mesh.start()?;
     let (before, first) = (links(&mesh.lab.a)?, serves(&mesh)?);
     mesh.lab.a.kill_agent();
-    let away = call(&mesh)?;
+    let away = web::connect(&mesh)?;
     mesh.lab.a.start_agent()?;
     mesh.lab.a.wait_until_ready()?;
     let (after, second) = (links(&mesh.lab.a)?, serves(&mesh)?);
@@ -69,7 +41,7 @@ pub(super) fn a_killed_agent_fails_closed(_size: Size) -> Result<Finding> {
 }
 
 pub(super) fn a_broken_catalog_at_start_takes_nothing_away(_size: Size) -> Result<Finding> {
-    let mut mesh = web("partly")?;
+    let mut mesh = web::mesh("partly")?;
     mesh.start()?;
     mesh.lab.a.kill_agent();
     let file = mesh.lab.catalog.directory().join("services.yaml");
@@ -78,11 +50,9 @@ pub(super) fn a_broken_catalog_at_start_takes_nothing_away(_size: Size) -> Resul
     mesh.lab.a.start_agent()?;
     mesh.lab.a.wait_until_ready()?;
     // Not EHOSTUNREACH: the kernel knows the address, though the agent does not serve it.
-    let broken = call(&mesh)?;
+    let broken = web::connect(&mesh)?;
     fs::write(&file, &good)?;
-    wait_for_value("the mended file to be served", SOON, || {
-        Ok(serves(&mesh)?.then_some(()))
-    })?;
+    web::wait_until_served(&mesh)?;
     Ok(Finding::new(
         broken != "EHOSTUNREACH",
         format!("with the broken file: {broken}; once it is mended: served"),
@@ -90,7 +60,7 @@ pub(super) fn a_broken_catalog_at_start_takes_nothing_away(_size: Size) -> Resul
 }
 
 pub(super) fn detach_leaves_a_clean_host(_size: Size) -> Result<Finding> {
-    let mut mesh = web("clean")?;
+    let mut mesh = web::mesh("clean")?;
     mesh.start()?;
     let node = &mut mesh.lab.a;
     let refused = node.sidestep(&["detach"])?.output(SOON)?;
@@ -100,7 +70,7 @@ pub(super) fn detach_leaves_a_clean_host(_size: Size) -> Result<Finding> {
     let detached = node.sidestep(&["detach"])?.output(SOON)?;
     let gone = !node.pin_directory().exists();
     let (complaint, lines) = (refused.stderr.clone(), detached.stdout.lines().count());
-    let after = call(&mesh)?;
+    let after = web::connect(&mesh)?;
     Ok(Finding::new(
         !refused.succeeded() && left && detached.succeeded() && gone && after == "ENETUNREACH",
         format!(

@@ -5,7 +5,7 @@ use std::fs;
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
-use super::away::{serves, web};
+use super::web::{self, serves};
 use crate::{
     claims::{Finding, Size},
     foreign::{ForeignProgram, Sharing, Verdict},
@@ -26,13 +26,13 @@ fn wait_for_effect(node: &Node, captured: bool) -> Result<String> {
 }
 
 pub(super) fn an_effect_that_is_lost_is_told(_size: Size) -> Result<Finding> {
-    let mut mesh = web("effect")?;
+    let mut mesh = web::mesh("effect")?;
     mesh.start()?;
     let node = &mesh.lab.a;
     wait_for_effect(node, true)?;
     // It runs after ours and has the last word.
     let foreign = ForeignProgram::load("somebody_else", Verdict::Refuse)?;
-    let workloads = node.workloads_cgroup()?;
+    let workloads = node.attach_point()?;
     foreign.attach(&workloads, Sharing::Multi)?;
     let problem = wait_for_effect(node, false)?;
     let metric = node.metric("sidestep_capture_effective", &[])?;
@@ -48,11 +48,11 @@ pub(super) fn an_effect_that_is_lost_is_told(_size: Size) -> Result<Finding> {
 }
 
 pub(super) fn a_cgroup_that_was_replaced_is_attached_anew(_size: Size) -> Result<Finding> {
-    let mut mesh = web("anew")?;
+    let mut mesh = web::mesh("anew")?;
     mesh.start()?;
     let node = &mesh.lab.a;
     wait_for_effect(node, true)?;
-    let workloads = node.workloads_cgroup()?;
+    let workloads = node.attach_point()?;
     let directory = workloads.directory();
     let below: Vec<_> = fs::read_dir(directory)?
         .flatten()

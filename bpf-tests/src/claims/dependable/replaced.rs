@@ -130,14 +130,14 @@ pub(super) fn upgrade(node: &Node) -> Result<String> {
 }
 
 /// An upload of which half was sent.
-struct Upload {
+pub(super) struct Upload {
     hold: PathBuf,
     log: PathBuf,
     running: Running,
 }
 
 impl Upload {
-    fn begin(mesh: &Mesh, name: &str, bytes: u64) -> Result<Self> {
+    pub(super) fn begin(mesh: &Mesh, name: &str, bytes: u64) -> Result<Self> {
         let file = |kind: &str| mesh.shop.directory().join(format!("{name}.{kind}"));
         let (hold, log) = (file("hold"), file("log"));
         fs::write(&hold, "")?;
@@ -149,9 +149,13 @@ impl Upload {
         Ok(Self { hold, log, running })
     }
 
-    /// Sends the second half. Returns whether all of it arrived.
-    fn end(mut self) -> Result<bool> {
-        fs::remove_file(&self.hold)?;
+    /// Begins to send the second half.
+    pub(super) fn go_on(&self) -> Result<()> {
+        fs::remove_file(&self.hold).context("letting an upload go on")
+    }
+
+    /// Waits for its end. Returns whether all of it arrived.
+    pub(super) fn end(mut self) -> Result<bool> {
         self.running.wait(Duration::from_mins(1))?;
         let said = fs::read_to_string(&self.log)?;
         let report = said.lines().nth(1).unwrap_or_default();
@@ -177,6 +181,7 @@ pub(super) fn an_upgrade_loses_no_connection(size: Size) -> Result<Finding> {
             let name = format!("{round}-{}", node.name());
             let upload = Upload::begin(&mesh, &name, size.pick(4 << 20, 64 << 20))?;
             upgrade(node)?;
+            upload.go_on()?;
             whole += usize::from(upload.end()?);
         }
     }
