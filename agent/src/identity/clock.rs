@@ -38,7 +38,7 @@ impl rustls::time_provider::TimeProvider for TlsClock {
 #[cfg(test)]
 #[derive(Debug)]
 pub(crate) struct TokioClock {
-    start: SystemTime,
+    start: parking_lot::Mutex<SystemTime>,
     origin: tokio::time::Instant,
 }
 
@@ -47,15 +47,25 @@ impl TokioClock {
     /// Must be made within a runtime.
     pub(crate) fn starting_at(start: SystemTime) -> Arc<Self> {
         Arc::new(Self {
-            start,
+            start: parking_lot::Mutex::new(start),
             origin: tokio::time::Instant::now(),
         })
+    }
+
+    /// Sets the time of day ahead. What waits on the monotonic clock does not notice.
+    pub(crate) fn jump_ahead(&self, by: std::time::Duration) {
+        *self.start.lock() += by;
+    }
+
+    /// Sets the time of day back.
+    pub(crate) fn jump_back(&self, by: std::time::Duration) {
+        *self.start.lock() -= by;
     }
 }
 
 #[cfg(test)]
 impl Clock for TokioClock {
     fn now(&self) -> SystemTime {
-        self.start + self.origin.elapsed()
+        *self.start.lock() + self.origin.elapsed()
     }
 }

@@ -15,7 +15,7 @@ use std::{
 
 use parking_lot::Mutex;
 use tokio::{
-    sync::watch,
+    sync::{Notify, watch},
     time::{sleep, timeout},
 };
 
@@ -50,7 +50,15 @@ struct Shared {
     clock: Arc<dyn Clock>,
     jitter: Jitter,
     shutdown: Shutdown,
-    slots: Mutex<HashMap<SpiffeId, watch::Receiver<Slot>>>,
+    slots: Mutex<HashMap<SpiffeId, Kept>>,
+}
+
+/// What callers have of the keeper of one identity.
+#[derive(Clone)]
+struct Kept {
+    slot: watch::Receiver<Slot>,
+    /// Wakes the keeper, which then reads the clock.
+    waker: Arc<Notify>,
 }
 
 /// What the keeper of one identity last published.
@@ -83,7 +91,8 @@ impl Certificates {
 
     /// The certificate of `identity`, valid now, and the roots of now.
     ///
-    /// Waits only for the first issuance, which concurrent callers share. Cancel-safe: the issuance goes on.
+    /// Waits for the first issuance, and for the first after a clock that was set ahead; concurrent callers share
+    /// them. Cancel-safe: the issuance goes on.
     ///
     /// # Errors
     /// [`CertificateError::NotIssued`] if there never was one and the last attempt failed,
@@ -93,7 +102,7 @@ impl Certificates {
         &self,
         identity: &SpiffeId,
     ) -> Result<Arc<WorkloadTls>, CertificateError> {
-        let mut slot = self.slot(identity);
+        let Kept { mut slot, waker } = self.kept(identity);
         loop {
             {
                 let seen = slot.borrow_and_update();
@@ -101,6 +110,7 @@ impl Certificates {
                     return answer;
                 }
             }
+            waker.notify_one();
             if slot.changed().await.is_err() {
                 return Err(CertificateError::ShuttingDown {
                     identity: identity.clone(),
@@ -123,34 +133,38 @@ impl Certificates {
         let slots = self.shared.slots.lock();
         let mut status: Vec<_> = slots
             .iter()
-            .map(|(identity, slot)| slot.borrow().status(identity))
+            .map(|(identity, kept)| kept.slot.borrow().status(identity))
             .collect();
         drop(slots);
         status.sort_by(|a, b| a.identity.cmp(&b.identity));
         status
     }
 
-    fn slot(&self, identity: &SpiffeId) -> watch::Receiver<Slot> {
+    fn kept(&self, identity: &SpiffeId) -> Kept {
         let mut slots = self.shared.slots.lock();
-        if let Some(slot) = slots.get(identity) {
-            return slot.clone();
+        if let Some(kept) = slots.get(identity) {
+            return kept.clone();
         }
         let (publish, slot) = watch::channel(Slot::default());
-        slots.insert(identity.clone(), slot.clone());
+        let waker = Arc::<Notify>::default();
+        let kept = Kept { slot, waker };
+        slots.insert(identity.clone(), kept.clone());
         drop(slots);
         let keeper = Keeper {
             identity: identity.clone(),
             shared: Arc::clone(&self.shared),
             publish,
+            waker: Arc::clone(&kept.waker),
             trust: self.shared.provider.trust(),
             issuer: 0,
             failures: 0,
+            attempted_at: SystemTime::UNIX_EPOCH,
         };
         // Not waited for when draining: it ends when everything that needs certificates has.
         self.shared
             .shutdown
             .spawn_service("certificate", keeper.run());
-        slot
+        kept
     }
 }
 
@@ -163,7 +177,7 @@ impl fmt::Debug for Certificates {
 }
 
 impl Slot {
-    /// What to tell a caller, or `None` while the first attempt is under way.
+    /// What to tell a caller, or `None` if the attempt that decides it is still to come.
     fn answer(
         &self,
         identity: &SpiffeId,
@@ -172,16 +186,17 @@ impl Slot {
         let identity = || identity.clone();
         match (&self.current, &self.last_error) {
             (Some(tls), _) if now < tls.not_after() => Some(Ok(Arc::clone(tls))),
-            (Some(tls), source) => Some(Err(CertificateError::Expired {
+            (Some(tls), Some(source)) => Some(Err(CertificateError::Expired {
                 identity: identity(),
                 not_after: tls.not_after().into(),
-                source: source.clone(),
+                source: Arc::clone(source),
             })),
             (None, Some(source)) => Some(Err(CertificateError::NotIssued {
                 identity: identity(),
                 source: Arc::clone(source),
             })),
-            (None, None) => None,
+            // The second: the clock was set ahead while the keeper slept.
+            (None | Some(_), None) => None,
         }
     }
 
@@ -229,8 +244,8 @@ pub enum CertificateError {
         identity: SpiffeId,
         /// When it expired.
         not_after: time::OffsetDateTime,
-        /// Of the last attempt; `None` if the clock jumped and the first is under way.
-        source: Option<Arc<IssueError>>,
+        /// Of the last attempt; the next one follows by itself.
+        source: Arc<IssueError>,
     },
     /// The agent ends and issues no more.
     #[error("the agent is shutting down and has no certificate for {identity}")]
@@ -245,10 +260,13 @@ struct Keeper {
     identity: SpiffeId,
     shared: Arc<Shared>,
     publish: watch::Sender<Slot>,
+    waker: Arc<Notify>,
     trust: watch::Receiver<Trust>,
     /// What issued the leaf in use, as [`Trust::issuer`].
     issuer: u64,
     failures: u32,
+    /// When the last attempt began, by the clock of then.
+    attempted_at: SystemTime,
 }
 
 impl Keeper {
@@ -271,18 +289,31 @@ impl Keeper {
                         due = self.follow(due).await;
                     }
                 }
-                () = sleep(wait.min(LONGEST_SLEEP)) => {
-                    if self.shared.clock.now() >= due {
-                        due = self.renew().await;
-                    }
-                }
+                () = self.waker.notified() => {}
+                () = sleep(wait.min(LONGEST_SLEEP)) => {}
+            }
+            if self.is_due(due) {
+                due = self.renew().await;
             }
         }
+    }
+
+    /// Whether to try now. A clock that was set back puts nothing off: neither the next attempt after one that failed,
+    /// nor a leaf in place of one that is not valid yet.
+    fn is_due(&self, due: SystemTime) -> bool {
+        let now = self.shared.clock.now();
+        let is_early = |tls: &Arc<WorkloadTls>| now < tls.not_before();
+        let was_set_back = now < self.attempted_at;
+        now >= due
+            || was_set_back
+                && (self.failures > 0
+                    || self.publish.borrow().current.as_ref().is_some_and(is_early))
     }
 
     /// One attempt. Returns when the next is due.
     async fn renew(&mut self) -> SystemTime {
         let trust = self.trust.borrow_and_update().clone();
+        self.attempted_at = self.shared.clock.now();
         match self.issue(trust.roots).await {
             Ok((tls, issuer)) => {
                 self.failures = 0;

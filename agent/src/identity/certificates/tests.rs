@@ -218,13 +218,7 @@ async fn the_old_leaf_serves_until_it_expires_and_no_longer() {
     sleep(Duration::from_secs(1)).await;
     let error = scene.web().await.unwrap_err();
     assert!(
-        matches!(
-            error,
-            CertificateError::Expired {
-                source: Some(_),
-                ..
-            }
-        ),
+        matches!(error, CertificateError::Expired { .. }),
         "{error:?}"
     );
 
@@ -233,6 +227,61 @@ async fn the_old_leaf_serves_until_it_expires_and_no_longer() {
     let back = scene.web().await.unwrap();
     assert!(back.not_after() > first.not_after());
     assert!(scene.status().last_error.is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_clock_set_ahead_beyond_expiry_costs_nobody_a_certificate() {
+    let scene = Scene::new(Mode::Works);
+    let first = scene.web().await.unwrap();
+    // Asleep, as after a resume of a suspended machine.
+    sleep(Duration::from_secs(10)).await;
+    scene.clock.jump_ahead(3 * DAY);
+    let started = Instant::now();
+    let next = scene.web().await.unwrap();
+    assert!(next.not_after() > scene.clock.now() && next.not_after() > first.not_after());
+    assert!(started.elapsed() < Duration::from_secs(1), "at once");
+    assert_eq!(scene.provider.attempts(), 2);
+
+    scene.provider.set(Mode::Fails);
+    scene.clock.jump_ahead(3 * DAY);
+    let error = scene.web().await.unwrap_err();
+    assert!(
+        matches!(error, CertificateError::Expired { .. }),
+        "{error:?}"
+    );
+    for _ in 0..100 {
+        scene.web().await.unwrap_err();
+    }
+    assert_eq!(scene.provider.attempts(), 3, "callers do not hurry it");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_clock_set_back_gets_leaves_that_are_valid_by_it() {
+    let scene = Scene::with_authority(Mode::Works, |directory, clock| {
+        builtin_ca(directory, DAY, clock)
+    });
+    // As by a machine that starts with a wrong clock: the authority is older.
+    scene.clock.jump_ahead(3 * DAY);
+    let future = scene.web().await.unwrap();
+    scene.clock.jump_back(3 * DAY);
+    assert!(future.not_before() > scene.clock.now());
+    sleep(LONGEST_SLEEP + Duration::from_secs(1)).await;
+    let now = scene.web().await.unwrap();
+    assert!(now.not_before() <= scene.clock.now(), "valid for peers");
+    assert_eq!(scene.provider.attempts(), 2);
+    sleep(DAY / 2).await;
+    assert_eq!(scene.provider.attempts(), 2, "once is enough");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_clock_set_back_does_not_put_off_the_next_attempt() {
+    let scene = Scene::new(Mode::Fails);
+    scene.clock.jump_ahead(3 * DAY);
+    scene.web().await.unwrap_err();
+    scene.clock.jump_back(3 * DAY);
+    scene.provider.set(Mode::Works);
+    sleep(LONGEST_SLEEP + Duration::from_secs(1)).await;
+    scene.web().await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]
