@@ -10,6 +10,7 @@
 
 use std::{
     collections::BTreeMap,
+    fs,
     net::{Ipv4Addr, SocketAddr},
     os::fd::AsFd as _,
     path::PathBuf,
@@ -18,12 +19,13 @@ use std::{
     time::Duration,
 };
 
+use anyhow::ensure;
 use bpf_tests::{
     cgroup::Cgroup,
     namespace::Namespace,
     program::Program,
     scratch::Scratch,
-    wait::{SOON, wait_for_value},
+    wait::{SOON, Stopwatch, wait_for_value},
 };
 use sidestep::datapath::{
     Captured, Datapath, DatapathSettings, FlowEvent, ServiceId, Undesired, Verdict, VipRanges,
@@ -44,13 +46,23 @@ struct Bench {
     workload: Cgroup,
     namespace: Namespace,
     home: Cgroup,
-    _scratch: Scratch,
+    scratch: Scratch,
 }
 
 impl Bench {
     /// `attach` names the cgroups to attach to, given that of the workloads; `prepare` may change the namespace.
     fn new(
         purpose: &str,
+        attach: impl FnOnce(PathBuf) -> Vec<PathBuf>,
+        prepare: impl FnOnce(&Namespace),
+    ) -> Self {
+        Self::with_flows(purpose, 65_536, attach, prepare)
+    }
+
+    /// As [`Self::new`], with room for so many connections between their SYN and the accept.
+    fn with_flows(
+        purpose: &str,
+        max_flows: u32,
         attach: impl FnOnce(PathBuf) -> Vec<PathBuf>,
         prepare: impl FnOnce(&Namespace),
     ) -> Self {
@@ -69,7 +81,7 @@ impl Bench {
                 ipv6: "fd00:1::/64".parse().unwrap(),
             },
             max_vips: FEW,
-            max_flows: 65_536,
+            max_flows,
             so_original_dst: false,
             debug: false,
         };
@@ -88,7 +100,7 @@ impl Bench {
             workload,
             namespace,
             home,
-            _scratch: scratch,
+            scratch,
         }
     }
 
@@ -133,7 +145,7 @@ impl Drop for Bench {
 }
 
 fn home() -> Cgroup {
-    let own = std::fs::read_to_string("/proc/self/cgroup").unwrap();
+    let own = fs::read_to_string("/proc/self/cgroup").unwrap();
     let path = own
         .lines()
         .find_map(|line| line.strip_prefix("0::"))
@@ -240,6 +252,93 @@ fn what_was_published_for_a_connection_that_is_aborted_goes_with_it() {
     assert!(moved > 0 && removed > 0, "{moved} moved, {removed} removed");
     assert_eq!((published, full), (moved + removed, 0));
     assert_eq!(bench.datapath.sweep_flows(Duration::ZERO).unwrap(), 0);
+}
+
+/// More connections on their way than the map has room for: none gets another's destination, and none is lost
+/// once there is room again.
+#[test]
+fn a_full_map_of_flows_takes_only_those_that_do_not_fit() {
+    let bench = Bench::with_flows(
+        "flows",
+        FEW,
+        |workload| vec![workload],
+        |namespace| {
+            // A listener whose queue is full drops SYNs: their connections stay on their way.
+            namespace.set_ipv4("../core/somaxconn", "4").unwrap();
+        },
+    );
+    let directory = bench.scratch.subdirectory("flows").unwrap();
+    let [done, said] = ["done", "said"].map(|file| directory.join(file));
+    let script = format!(
+        r"
+import errno, os, socket, struct, time
+sockets, lines = [], []
+for number in range({}):
+    s = socket.socket()
+    s.setblocking(False)
+    # Gone when closed, established or not.
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+    # So that its port is known, and nobody else's.
+    s.bind(('127.0.0.1', 0))
+    destination = '240.0.0.%d' % (number % {FEW})
+    assert s.connect_ex((destination, 80)) == errno.EINPROGRESS
+    sockets.append(s)
+    lines.append('%s %s' % (s.getsockname()[1], destination))
+print('\n'.join(lines + ['begun']), flush=True)
+while not os.path.exists('{}'):
+    time.sleep(0.01)",
+        4 * FEW,
+        done.display()
+    );
+    let mut client = Program::new("python3")
+        .args(["-c", &script])
+        .in_cgroup(&bench.workload)
+        .in_namespace(&bench.namespace)
+        .log(&said)
+        .spawn()
+        .unwrap();
+    let begun = wait_for_value("connects on their way", SOON, || {
+        let said = fs::read_to_string(&said).unwrap_or_default();
+        ensure!(!said.contains("Error"), "{said}");
+        Ok(said.contains("begun").then_some(said))
+    })
+    .unwrap();
+    let destinations: BTreeMap<&str, &str> = begun
+        .lines()
+        .filter_map(|line| line.split_once(' '))
+        .collect();
+    assert_eq!(bench.count(Verdict::Captured), u64::from(4 * FEW));
+    let full = bench.flows(FlowEvent::Full);
+    assert!(full > 0, "none was too many");
+
+    // SYNs are sent again, so that more reach the listener: those that were published and those that were not.
+    let (mut with, mut without) = (0_u64, 0_u64);
+    let clock = Stopwatch::start();
+    while (with == 0 || without == 0) && clock.elapsed() < SOON {
+        let Ok((stream, peer)) = bench.listeners.v4.accept() else {
+            continue;
+        };
+        let Some(captured) = bench.datapath.captured(stream.as_fd()).unwrap() else {
+            without += 1;
+            continue;
+        };
+        let destination = captured.destination.ip().to_string();
+        assert_eq!(destinations[peer.port().to_string().as_str()], destination);
+        with += 1;
+    }
+    assert!(with > 0 && without > 0, "{with} with, {without} without");
+    assert!(without <= full, "{without} without, {full} did not fit");
+    fs::write(&done, "").unwrap();
+    client.wait(SOON).unwrap().unwrap();
+    assert_eq!(bench.datapath.sweep_flows(Duration::ZERO).unwrap(), 0);
+
+    while bench.listeners.v4.accept().is_ok() {}
+    bench.client(
+        &bench.workload,
+        "socket.create_connection(('240.0.0.5', 80))",
+    );
+    let captured = bench.accept().unwrap();
+    assert_eq!(captured.destination, "240.0.0.5:80".parse().unwrap());
 }
 
 /// Eight processes that connect and reset at once, again and again.
