@@ -22,6 +22,8 @@ test_claims! {
     a_socket_without_memory_is_refused
     refusals_that_nobody_reads_block_nothing
     a_full_disk_keeps_nobody_from_calling
+    a_replaced_catalog_directory_is_followed
+    an_authority_that_ran_out_fails_closed
     connections_that_say_nothing_are_cheap_and_end
     garbage_at_the_tunnel_port_harms_nobody
     an_agent_starts_beside_others_or_says_why_not

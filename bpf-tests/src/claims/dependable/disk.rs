@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File},
     io::{ErrorKind, Write as _},
+    net::SocketAddr,
     path::Path,
 };
 
@@ -12,8 +13,9 @@ use serde_json::Value;
 
 use super::web;
 use crate::{
+    catalog::Catalog,
     claims::{Finding, Size},
-    mesh::Mesh,
+    mesh::{Mesh, local, vip},
     wait::{SOON, wait_for_value},
 };
 
@@ -62,6 +64,46 @@ pub(super) fn a_full_disk_keeps_nobody_from_calling(_size: Size) -> Result<Findi
             "calls answered: {answered}; status: {told}; with room again: {after:?}, addresses saved: {remembered}"
         ),
     ))
+}
+
+pub(super) fn a_replaced_catalog_directory_is_followed(_size: Size) -> Result<Finding> {
+    let mut mesh = web::mesh("moved")?;
+    mesh.start()?;
+    let directory = mesh.lab.catalog.directory().to_owned();
+    let old = directory.with_file_name("catalog.old");
+    let new = directory.with_file_name("catalog.new");
+    fs::rename(&directory, &old)?;
+    let gone = wait_for_value("the agent to miss its directory", SOON, || {
+        Ok(web::problems(&mesh.lab.a)?.pop())
+    })?;
+    let meanwhile = web::served(&mesh, 10)?;
+
+    fs::create_dir(&new)?;
+    let next = Catalog::new(new.clone());
+    next.write_intentions("*", &[("shop", "allow")])?;
+    mesh.register("late", "late", vip(2, 80), local(8080));
+    next.write_instances("services", mesh.instances())?;
+    fs::rename(&new, &directory)?;
+    wait_until_called(&mesh, vip(2, 80))?;
+    // Into the directory that is there now, and into the one that was.
+    fs::write(old.join("broken.yaml"), "service: {")?;
+    mesh.register("later", "later", vip(3, 80), local(8080));
+    mesh.publish()?;
+    wait_until_called(&mesh, vip(3, 80))?;
+    let after = web::problems(&mesh.lab.a)?;
+    Ok(Finding::new(
+        meanwhile == 10 && after.is_empty(),
+        format!(
+            "while there is none {meanwhile} of 10 calls, status: {gone}; then the new one is followed, and a change in it, problems: {after:?}"
+        ),
+    ))
+}
+
+fn wait_until_called(mesh: &Mesh, address: SocketAddr) -> Result<()> {
+    wait_for_value("a new service to be called", SOON, || {
+        let page = mesh.shop.curl(&format!("http://{address}/")).output(SOON)?;
+        Ok((page.stdout.trim() == "web").then_some(()))
+    })
 }
 
 /// Leaves no room where `file` is.

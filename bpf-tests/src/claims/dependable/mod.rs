@@ -4,6 +4,7 @@ mod away;
 mod changed;
 mod disk;
 mod effective;
+mod expiry;
 mod foreign;
 mod full;
 mod replaced;
@@ -17,7 +18,7 @@ use super::{Claim, Topic};
 pub const TOPIC: Topic = Topic {
     name: "dependable",
     about: "agents that are killed and replaced under load, and what else goes wrong around them",
-    programs: &["ip", "curl", "python3", "ss", "tcpdump"],
+    programs: &["ip", "curl", "python3", "ss", "tcpdump", "openssl", "date"],
     claims: claims! {
         away::a_killed_agent_fails_closed: "while a killed agent is away, calls are refused at once; the next agent serves them through the same links and maps";
         away::a_broken_catalog_at_start_takes_nothing_away: "an agent that starts with a broken catalog file leaves in the kernel what that file said before";
@@ -32,6 +33,8 @@ pub const TOPIC: Topic = Topic {
         full::a_socket_without_memory_is_refused: "a connect that the kernel has no memory to remember is refused, with the reason counted";
         full::refusals_that_nobody_reads_block_nothing: "while nobody reads what the programs report, connects are refused and captured as ever";
         disk::a_full_disk_keeps_nobody_from_calling: "a full disk under the agent's state keeps nobody from calling, is in the status, and is caught up on";
+        disk::a_replaced_catalog_directory_is_followed: "a catalog directory that is moved away takes nothing away, and the one in its place is followed";
+        expiry::an_authority_that_ran_out_fails_closed: "when what signs on a node runs out, calls go on until then, are refused after it and never plaintext, and go on when there is another";
         strangers::connections_that_say_nothing_are_cheap_and_end: "1,000 connections to the tunnel port that say nothing keep no call waiting, cost little, and are gone after tunnel.handshake_timeout";
         strangers::garbage_at_the_tunnel_port_harms_nobody: "whatever strangers send to the tunnel port ends their connections and no others";
         foreign::an_agent_starts_beside_others_or_says_why_not: "beside a program of somebody else an agent works, or ends with what to do about it, as `sidestep check` says before";
