@@ -35,7 +35,7 @@ pub const TOPIC: Topic = Topic {
         disk::a_full_disk_keeps_nobody_from_calling: "a full disk under the agent's state keeps nobody from calling, is in the status, and is caught up on";
         disk::a_replaced_catalog_directory_is_followed: "a catalog directory that is moved away takes nothing away, and the one in its place is followed";
         expiry::an_authority_that_ran_out_fails_closed: "when what signs on a node runs out, calls go on until then, are refused after it and never plaintext, and go on when there is another";
-        strangers::connections_that_say_nothing_are_cheap_and_end: "1,000 connections to the tunnel port that say nothing keep no call waiting, cost little, and are gone after tunnel.handshake_timeout";
+        strangers::connections_that_say_nothing_are_cheap_and_end: "connections to the tunnel port that say nothing keep no call waiting, cost little, and are gone after tunnel.handshake_timeout";
         strangers::garbage_at_the_tunnel_port_harms_nobody: "whatever strangers send to the tunnel port ends their connections and no others";
         foreign::an_agent_starts_beside_others_or_says_why_not: "beside a program of somebody else an agent works, or ends with what to do about it, as `sidestep check` says before";
         foreign::others_that_come_later_take_nothing_away: "a program of somebody else that comes later takes no call away, and keeps no later agent out";

@@ -33,11 +33,11 @@ pub(super) fn connections_that_say_nothing_are_cheap_and_end(size: Size) -> Resu
     let node = &mesh.lab.b;
     let (files_before, memory_before) = (files(node)?, memory(node)?);
     let target = tunnel(node);
-    let clock = Stopwatch::start();
     let silent = mesh.lab.a.namespace().run(move || {
         let connect = |_| TcpStream::connect(target).context("opening a tunnel");
         (0..strangers).map(connect).collect::<Result<Vec<_>>>()
     })?;
+    let clock = Stopwatch::start();
     let most = web::live(node, "inbound")?;
     let cost = (memory(node)? - memory_before).max(0.0) / f64::from(u32::try_from(strangers)?);
     let calls = web::served(&mesh, 10)?;
@@ -74,7 +74,6 @@ pub(super) fn garbage_at_the_tunnel_port_harms_nobody(size: Size) -> Result<Find
     let seen = node.access_log().len();
     let kinds = garbage();
     let sent = kinds.clone();
-    let clock = Stopwatch::start();
     let streams = mesh.lab.a.namespace().run(move || {
         let mut streams = vec![];
         for _ in 0..rounds {
@@ -87,6 +86,7 @@ pub(super) fn garbage_at_the_tunnel_port_harms_nobody(size: Size) -> Result<Find
         }
         Ok(streams)
     })?;
+    let clock = Stopwatch::start();
     let calls = web::served(&mesh, 10)?;
     wait_for_value("the strangers to be sent away", SOON, || {
         Ok((web::live(node, "inbound")? == 0).then_some(()))
