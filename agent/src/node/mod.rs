@@ -4,6 +4,7 @@
 //! datapath, listeners. What [`start`] builds, [`follow`] keeps up to date and [`status`] describes.
 
 mod follow;
+mod next_agent;
 mod start;
 mod status;
 mod supervisor;

@@ -1,11 +1,16 @@
 //! What the agent says of itself, gathered from its parts.
 
 use std::{
-    ffi::OsStr, io, os::unix::ffi::OsStrExt as _, path::PathBuf, process::Stdio, sync::Arc,
+    ffi::OsStr,
+    io,
+    os::unix::ffi::OsStrExt as _,
+    path::PathBuf,
+    process::{Command, Stdio},
+    sync::Arc,
     time::SystemTime,
 };
 
-use super::Node;
+use super::{Node, next_agent};
 use crate::{
     admin::{
         StatusSource,
@@ -97,24 +102,25 @@ impl StatusSource for Operators {
 
     fn upgrade(&self) -> io::Result<u32> {
         let node = &self.0;
-        let mut next = tokio::process::Command::new(own_program()?)
+        let mut command = Command::new(own_program()?);
+        command
             .args(["run", "--take-over", "--config"])
             .arg(&node.config_path)
             // They are about this process. The next one is told of by itself, or inherits by the handover.
             .env_remove("WATCHDOG_PID")
             .env_remove("LISTEN_PID")
-            .stdin(Stdio::null())
-            .spawn()?;
-        let process = next.id().unwrap_or_default();
+            .stdin(Stdio::null());
+        let next = next_agent::start(command)?;
+        let process = next.as_raw_nonzero().get();
         tracing::info!(process, "next agent started");
         let stopped = node.shutdown.clone();
         node.shutdown.spawn_service("next agent", async move {
             tokio::select! {
-                ended = next.wait() => tracing::error!(?ended, process, "the next agent ended"),
+                ended = next_agent::ended(next) => tracing::error!(?ended, process, "the next agent ended"),
                 () = stopped.stopped() => {}
             }
         });
-        Ok(process)
+        Ok(process.unsigned_abs())
     }
 
     fn set_log(&self, directives: &str) -> Result<(), LogError> {
