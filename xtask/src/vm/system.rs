@@ -54,7 +54,7 @@ ExecStart=/bin/busybox httpd -f -p 127.0.0.1:8080 -h /proof/www
 /// Takes its time, to be under way while the agent is replaced.
 const SLOW: &str = "#!/bin/sh
 printf 'Content-Type: text/plain\\r\\n\\r\\n'
-for second in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do
+for second in $(seq 25); do
     echo $second
     sleep 1
 done
