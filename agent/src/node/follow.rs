@@ -109,6 +109,7 @@ impl Follower {
         match node.datapath.reconcile(&targets, undesired) {
             Ok(changed) => {
                 self.behind = false;
+                *node.kernel_problem.lock() = None;
                 tracing::info!(
                     version = catalog.version,
                     added = changed.added,
@@ -119,7 +120,15 @@ impl Follower {
             }
             Err(error) => {
                 self.behind = true;
-                tracing::error!(error = %chain(&error), "virtual addresses not brought to the kernel");
+                let problem = chain(&error).to_string();
+                let before = node.kernel_problem.lock().replace(problem.clone());
+                // It is tried again every second.
+                if before.as_ref() != Some(&problem) {
+                    tracing::error!(
+                        error = problem,
+                        "virtual addresses not brought to the kernel"
+                    );
+                }
             }
         }
         node.outbound.balancer.retain(&catalog.snapshot);

@@ -79,6 +79,8 @@ struct Node {
     catalog: Arc<CatalogStore>,
     /// What the catalog's source and its addresses complain about now.
     catalog_problems: Mutex<Vec<String>>,
+    /// Why the kernel does not have the catalog in force.
+    kernel_problem: Mutex<Option<String>>,
     policy: Arc<PolicyStore>,
     ca: Arc<BuiltinCa>,
     /// Why the authority's files were not taken over by the last reload.

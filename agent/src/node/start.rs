@@ -73,10 +73,7 @@ pub(super) async fn start(
     );
     let policy = Arc::new(PolicyStore::new(intentions(&config, &catalog)));
     let datapath = Arc::new(datapath(&config, &cgroups, inheritance.pin_lock)?);
-    let local = LocalDomain::new(
-        config.identity.trust_domain.clone(),
-        config.node.datacenter.clone(),
-    );
+    let local = local_domain(&config);
     let connections = Connections::new(config.limits.max_connections);
     let paths = Arc::clone(&cgroups);
     let workloads = WorkloadResolver::new(&config.workloads, move |id| paths.path_of(id))
@@ -123,6 +120,7 @@ pub(super) async fn start(
         telemetry,
         catalog,
         catalog_problems: Mutex::new(problems),
+        kernel_problem: Mutex::default(),
         policy,
         ca,
         ca_problem: Mutex::default(),
@@ -166,6 +164,13 @@ fn begin_capture(follower: &mut Follower) -> Result<(), NodeError> {
         .map_err(NodeError::when("attach the eBPF programs"))?;
     super::well::watch(&node);
     Ok(())
+}
+
+fn local_domain(config: &Config) -> LocalDomain {
+    LocalDomain::new(
+        config.identity.trust_domain.clone(),
+        config.node.datacenter.clone(),
+    )
 }
 
 fn own_cgroup(config: &Config) -> Result<Cgroup2, NodeError> {

@@ -141,7 +141,7 @@ pub(super) fn observe(node: &Node) -> Observations {
             loaded_at,
             services: catalog.snapshot.services.len(),
             instances: instances(&catalog.snapshot),
-            problems: node.catalog_problems.lock().len(),
+            problems: problems(node).len(),
         }),
         authority: Some(AuthorityObservation {
             not_after: node.ca.summary().not_after.into(),
@@ -177,7 +177,7 @@ fn catalog_status(node: &Node) -> CatalogStatus {
         services: catalog.snapshot.services.len(),
         instances: instances(&catalog.snapshot),
         age_seconds: catalog.published_at.map(since).unwrap_or_default(),
-        problems: node.catalog_problems.lock().clone(),
+        problems: problems(node),
     }
 }
 
@@ -291,6 +291,13 @@ fn workloads(node: &Node) -> Vec<WorkloadStatus> {
 
 fn since(then: SystemTime) -> u64 {
     then.elapsed().unwrap_or_default().as_secs()
+}
+
+/// What is wrong with the catalog's sources, and with bringing it to the kernel.
+fn problems(node: &Node) -> Vec<String> {
+    let mut problems = node.catalog_problems.lock().clone();
+    problems.extend(node.kernel_problem.lock().clone());
+    problems
 }
 
 fn effects(node: &Node) -> Vec<EffectStatus> {

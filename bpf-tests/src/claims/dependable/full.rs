@@ -27,8 +27,11 @@ pub(super) fn a_catalog_too_large_takes_nothing_away(_size: Size) -> Result<Find
         mesh.register(&name, &name, vip(100 + number, 80), local(8080));
     }
     mesh.publish()?;
-    wait_for("the agent to say what is too small", SOON, || {
-        mesh.lab.a.agent_said().contains("capture.max_vips")
+    wait_for_value("the status to say what is too small", SOON, || {
+        let status = mesh.lab.a.status()?;
+        let problem = status.pointer("/catalog/problems/0");
+        let named = problem.is_some_and(|p| p.to_string().contains("capture.max_vips"));
+        Ok(named.then_some(()))
     })?;
     let during = web::served(&mesh, 10)?;
     mesh.instances().truncate(fitting);
