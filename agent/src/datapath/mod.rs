@@ -130,6 +130,17 @@ impl Datapath {
         self.pins.as_ref().map(PinDirectory::lock_descriptor)
     }
 
+    /// Runs anew what does not run any more, since its cgroup was replaced by another of its name. Nothing else is
+    /// touched: while another agent takes over, the rest is that one's already.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::attach_hand_over`].
+    pub fn attach_again(&self) -> Result<(), DatapathError> {
+        self.attach(&links::handing_over(&self.settings))?;
+        self.attach(&links::capturing(&self.settings))
+    }
+
     fn attach(&self, wanted: &[Wanted]) -> Result<(), DatapathError> {
         let mut held = self.links.lock();
         links::attach(wanted, &self.programs, self.pins.as_ref(), &mut held)

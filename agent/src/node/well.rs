@@ -39,11 +39,7 @@ impl Node {
             let mut effect = health::probe(cgroup, &addresses).await;
             if let Effect::Missed(happened) = &effect {
                 // Mostly another cgroup of the same name; what is still in place is left alone.
-                let attached = self
-                    .datapath
-                    .attach_hand_over()
-                    .and_then(|()| self.datapath.attach_capture());
-                effect = match attached {
+                effect = match self.datapath.attach_again() {
                     Ok(()) => health::probe(cgroup, &addresses).await,
                     Err(error) => Effect::Missed(format!("{happened}; {}", chain(&error))),
                 };
