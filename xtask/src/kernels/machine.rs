@@ -1,6 +1,11 @@
 //! A virtual machine that boots a kernel, and what its only program found out.
 
-use std::{fs, path::Path, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::ExitStatus,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, bail};
 use bpf_tests::{cgroup::Cgroup, program::Program};
@@ -74,6 +79,72 @@ pub(crate) struct Tested {
     pub(crate) seconds: f64,
 }
 
+/// A machine to be emulated.
+#[derive(Debug)]
+pub(crate) struct Machine<'a> {
+    pub(crate) kernel: &'a Kernel,
+    pub(crate) command_line: &'a str,
+    pub(crate) memory_mib: u32,
+    /// Whatever happens, it is switched off after this.
+    pub(crate) deadline: Duration,
+}
+
+/// How it ended, and the files of its serial lines.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    /// `None` if it had to be switched off.
+    pub(crate) status: Option<ExitStatus>,
+    /// The first line.
+    pub(crate) console: PathBuf,
+    /// The second one.
+    pub(crate) report: PathBuf,
+}
+
+impl Machine<'_> {
+    /// Boots it with `initramfs` and waits for its end; files are made in `directory`. QEMU runs in `cgroup`, whose
+    /// owner sees to it that nothing is left there.
+    ///
+    /// # Errors
+    /// If it does not start.
+    pub(crate) fn run(&self, initramfs: &[u8], directory: &Path, cgroup: &Cgroup) -> Result<Ended> {
+        let file = |name: &str| directory.join(name);
+        let (packed, console, report) = (file("initramfs"), file("console"), file("report"));
+        fs::write(&packed, initramfs).with_context(|| format!("writing {}", packed.display()))?;
+        for old in [&console, &report] {
+            fs::write(old, "").with_context(|| format!("writing {}", old.display()))?;
+        }
+        let mut machine = Program::new(QEMU)
+            .in_cgroup(cgroup)
+            .args(["-accel", "tcg,tb-size=512"])
+            .args(["-cpu", processor(&self.kernel.release)])
+            .args(["-smp", "1", "-m"])
+            .arg(self.memory_mib.to_string())
+            .args(["-nodefaults", "-no-user-config", "-display", "none"])
+            .arg("-no-reboot")
+            .arg("-serial")
+            .arg(format!("file:{}", console.display()))
+            .arg("-serial")
+            .arg(format!("file:{}", report.display()))
+            .arg("-kernel")
+            .arg(&self.kernel.image)
+            .arg("-initrd")
+            .arg(&packed)
+            .args(["-append", self.command_line])
+            .log(&console)
+            .spawn()?;
+        // Killed when dropped, however this ends.
+        let status = machine.wait(self.deadline)?;
+        drop(machine);
+        // Made anew each time, and large.
+        fs::remove_file(&packed).with_context(|| format!("removing {}", packed.display()))?;
+        Ok(Ended {
+            status,
+            console,
+            report,
+        })
+    }
+}
+
 /// Boots `kernel` with `initramfs`; both serial lines are written to files in `directory`. QEMU runs in `cgroup`,
 /// whose owner sees to it that nothing is left there.
 ///
@@ -85,35 +156,17 @@ pub(crate) fn boot(
     directory: &Path,
     cgroup: &Cgroup,
 ) -> Result<Findings> {
-    let file = |name: &str| directory.join(name);
-    let (packed, console, report) = (file("initramfs"), file("console"), file("report"));
-    fs::write(&packed, initramfs).with_context(|| format!("writing {}", packed.display()))?;
-    for old in [&console, &report] {
-        fs::write(old, "").with_context(|| format!("writing {}", old.display()))?;
-    }
-    let mut machine = Program::new(QEMU)
-        .in_cgroup(cgroup)
-        .args(["-accel", "tcg,tb-size=512"])
-        .args(["-cpu", processor(&kernel.release)])
-        .args(["-smp", "1", "-m", "1024"])
-        .args(["-nodefaults", "-no-user-config", "-display", "none"])
-        .arg("-no-reboot")
-        .arg("-serial")
-        .arg(format!("file:{}", console.display()))
-        .arg("-serial")
-        .arg(format!("file:{}", report.display()))
-        .arg("-kernel")
-        .arg(&kernel.image)
-        .arg("-initrd")
-        .arg(&packed)
-        .args(["-append", KERNEL])
-        .log(&console)
-        .spawn()?;
-    // Killed when dropped, however this ends.
-    let ended = machine.wait(DEADLINE)?;
-    drop(machine);
-    // Made anew each time, and large.
-    fs::remove_file(&packed).with_context(|| format!("removing {}", packed.display()))?;
+    let machine = Machine {
+        kernel,
+        command_line: KERNEL,
+        memory_mib: 1024,
+        deadline: DEADLINE,
+    };
+    let Ended {
+        status: ended,
+        console,
+        report,
+    } = machine.run(initramfs, directory, cgroup)?;
     let said = |path: &Path| fs::read_to_string(path).unwrap_or_default();
     let why = match ended {
         None => format!("the machine was not done after {DEADLINE:?}"),
@@ -132,7 +185,7 @@ pub(crate) fn boot(
 
 /// The processor to emulate. QEMU 7.2 spoils the flags when it emulates CMPXCHG16B: 6.12 crashes, in two boots of
 /// three, as it allocates memory. 7.2 gives no storage to sockets without that instruction, and does not crash.
-pub(crate) fn processor(release: &str) -> &'static str {
+fn processor(release: &str) -> &'static str {
     let major = release
         .split('.')
         .next()
