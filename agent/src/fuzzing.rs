@@ -417,6 +417,7 @@ static CHOICE: LazyLock<(Targets, LocalDomain)> = LazyLock::new(|| {
         is_whole: true,
         services: services.into_iter().collect(),
         intentions: vec![],
+        default_intention: None,
     };
     let (allocator, _no_problem) = VipAllocator::new(pools(), None, Duration::ZERO);
     let store = CatalogStore::new(allocator);
@@ -493,6 +494,7 @@ pub fn vip_state(bytes: &[u8]) {
             .into_iter()
             .collect(),
         intentions: vec![],
+        default_intention: None,
     };
     let now: SystemTime = UNIX_EPOCH + NOW;
     let assigned = allocator.assign(&snapshot, now);

@@ -23,6 +23,8 @@ pub struct Snapshot {
     pub services: BTreeMap<ServiceName, Arc<Service>>,
     /// Intentions in no particular order; [`crate::policy`] sorts them by precedence.
     pub intentions: Vec<Intention>,
+    /// The answer where no intention matches, if the source has one; else the configuration's.
+    pub default_intention: Option<IntentionAction>,
 }
 
 /// A service: what has a virtual address.

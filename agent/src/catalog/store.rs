@@ -155,6 +155,7 @@ mod tests {
             is_whole: true,
             services: names.iter().map(service).collect(),
             intentions: vec![],
+            default_intention: None,
         }
     }
 

@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::{load_config, output};
 use crate::{
-    config::Config,
+    config::{Config, SourceConfig},
     datapath::probe::{self, Finding, Scope, Status},
     node,
     telemetry::{log::chain, timestamp::Timestamp},
@@ -59,8 +59,9 @@ fn scope(config: &Config) -> Scope {
 }
 
 fn certificate_authority(config: &Config) -> Finding {
-    let path = config.identity.ca.certificate.display();
-    let (status, detail) = match node::certificate_authority(config) {
+    let SourceConfig::Files(files) = &config.source;
+    let path = files.identity.ca.certificate.display();
+    let (status, detail) = match node::builtin_ca(files) {
         Ok(ca) => {
             let until = Timestamp(ca.summary().not_after.into());
             (Status::Ok, format!("{path}, valid until {until}"))

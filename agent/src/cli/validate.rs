@@ -9,6 +9,7 @@ use crate::{
         store::CatalogStore,
         vip::VipAllocator,
     },
+    config::SourceConfig,
     node,
     telemetry::log::chain,
 };
@@ -19,10 +20,8 @@ pub(super) fn validate(path: &Path) -> ExitCode {
         Ok(config) => config,
         Err(code) => return code,
     };
-    let mut source = FileSource::new(
-        config.catalog.directory.clone(),
-        node::file_context(&config),
-    );
+    let SourceConfig::Files(files) = &config.source;
+    let mut source = FileSource::new(files.directory.clone(), node::file_context(&config, files));
     let loaded = source.load();
     let mut wrong = false;
     for problem in &loaded.problems {
@@ -47,7 +46,7 @@ pub(super) fn validate(path: &Path) -> ExitCode {
     output::print(&format!(
         "{}: good\n{}: good: {} services, {instances} instances, {} intentions\n",
         path.display(),
-        config.catalog.directory.display(),
+        files.directory.display(),
         loaded.snapshot.services.len(),
         loaded.snapshot.intentions.len(),
     ))

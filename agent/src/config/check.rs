@@ -9,10 +9,13 @@ use std::{
 
 use super::{
     AccessLog, AdminConfig, AgentConfig, CaConfig, CaptureConfig, CatalogConfig, Config,
-    ConfigError, ConfigProblem, IdentityConfig, LimitsConfig, LogFormat, NodeConfig, PolicyConfig,
-    TelemetryConfig, TunnelConfig, WorkloadConfig, WorkloadRule, merge::Merged, raw,
+    ConfigError, ConfigProblem, FilesConfig, IdentityConfig, LimitsConfig, LogFormat, NodeConfig,
+    SourceConfig, TelemetryConfig, TunnelConfig, WorkloadConfig, WorkloadRule, merge::Merged, raw,
 };
-use crate::{catalog::model::NodeName, telemetry::log};
+use crate::{
+    catalog::model::{IntentionAction, NodeName},
+    telemetry::log,
+};
 
 /// Collects what is wrong.
 struct Checker<'a> {
@@ -73,8 +76,6 @@ pub(super) fn check(raw: raw::Config, merged: &Merged) -> Result<Config, ConfigE
         problems: Vec::new(),
     };
     let c = &mut checker;
-    let name = node_name(c, raw.node.name);
-    datacenter(c, &raw.node.datacenter);
     if let Some(address) = raw.node.address {
         let unicast = !address.is_unspecified() && !address.is_multicast();
         c.expect(unicast, "node.address", || {
@@ -90,8 +91,17 @@ pub(super) fn check(raw: raw::Config, merged: &Merged) -> Result<Config, ConfigE
         });
     }
     let capture = capture(c, raw.capture);
-    c.absolute("catalog.directory", &raw.catalog.directory);
-    let identity = identity(c, raw.identity);
+    let vip_quarantine = raw.catalog.vip_quarantine.0;
+    let source = files(
+        c,
+        FilesSource {
+            node: raw.node.name,
+            datacenter: raw.node.datacenter,
+            directory: raw.catalog.directory,
+            identity: raw.identity,
+            default_intention: raw.policy.default,
+        },
+    );
     let workloads = workloads(c, raw.workload, &capture.cgroups);
     let tunnel = tunnel(c, &raw.tunnel, raw.node.address);
     c.expect(tunnel.port != capture.port, "tunnel.port", || {
@@ -108,26 +118,18 @@ pub(super) fn check(raw: raw::Config, merged: &Merged) -> Result<Config, ConfigE
     }
     c.absolute("admin.socket", &raw.admin.socket);
 
-    match name {
-        Some(name) if checker.problems.is_empty() => Ok(Config {
+    match source {
+        Some(source) if checker.problems.is_empty() => Ok(Config {
             node: NodeConfig {
-                name,
                 address: raw.node.address,
-                datacenter: raw.node.datacenter,
                 state_dir: raw.node.state_dir,
             },
             agent: AgentConfig {
                 cgroup: raw.agent.cgroup,
             },
             capture,
-            catalog: CatalogConfig {
-                directory: raw.catalog.directory,
-                vip_quarantine: raw.catalog.vip_quarantine.0,
-            },
-            identity,
-            policy: PolicyConfig {
-                default: raw.policy.default,
-            },
+            catalog: CatalogConfig { vip_quarantine },
+            source: SourceConfig::Files(source),
             workloads,
             tunnel,
             limits,
@@ -140,6 +142,36 @@ pub(super) fn check(raw: raw::Config, merged: &Merged) -> Result<Config, ConfigE
             problems: checker.problems,
         }),
     }
+}
+
+/// What the tables say that matter only with files as the source.
+struct FilesSource {
+    node: Option<NodeName>,
+    datacenter: Option<String>,
+    directory: Option<PathBuf>,
+    identity: Option<raw::Identity>,
+    default_intention: Option<IntentionAction>,
+}
+
+fn files(c: &mut Checker<'_>, raw: FilesSource) -> Option<FilesConfig> {
+    let node = node_name(c, raw.node);
+    let datacenter = raw.datacenter.unwrap_or_else(|| "dc1".to_owned());
+    check_datacenter(c, &datacenter);
+    let directory = raw
+        .directory
+        .unwrap_or_else(|| "/etc/sidestep/catalog".into());
+    c.absolute("catalog.directory", &directory);
+    let identity = raw.identity.map(|raw| identity(c, raw));
+    c.expect(identity.is_some(), "identity", || {
+        "missing: expected [identity] with `trust_domain`, and [identity.ca]".to_owned()
+    });
+    Some(FilesConfig {
+        node: node?,
+        datacenter,
+        directory,
+        identity: identity?,
+        default_intention: raw.default_intention.unwrap_or(IntentionAction::Deny),
+    })
 }
 
 fn node_name(c: &mut Checker<'_>, name: Option<NodeName>) -> Option<NodeName> {
@@ -163,7 +195,7 @@ fn node_name(c: &mut Checker<'_>, name: Option<NodeName>) -> Option<NodeName> {
 }
 
 /// A label of server names and a part of identities. Consul takes the same characters.
-fn datacenter(c: &mut Checker<'_>, name: &str) {
+fn check_datacenter(c: &mut Checker<'_>, name: &str) {
     let plain = name
         .bytes()
         .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'_'));

@@ -42,10 +42,8 @@ pub struct Config {
     pub capture: CaptureConfig,
     /// `[catalog]`
     pub catalog: CatalogConfig,
-    /// `[identity]`
-    pub identity: IdentityConfig,
-    /// `[policy]`
-    pub policy: PolicyConfig,
+    /// Where services, intentions and identities come from.
+    pub source: SourceConfig,
     /// `[[workload]]`, in the order of files and lines.
     pub workloads: Vec<WorkloadConfig>,
     /// `[tunnel]`
@@ -58,15 +56,11 @@ pub struct Config {
     pub admin: AdminConfig,
 }
 
-/// `[node]`: what this node is called and where it is.
+/// `[node]`: where this node is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeConfig {
-    /// `name`; the host's name by default.
-    pub name: NodeName,
     /// `address`: where other nodes reach this one; services that name no address are here.
     pub address: Option<IpAddr>,
-    /// `datacenter`, as it stands in identities.
-    pub datacenter: String,
     /// `state_dir`: what must outlive the agent (the virtual addresses given out).
     pub state_dir: PathBuf,
 }
@@ -101,13 +95,42 @@ pub struct CaptureConfig {
     pub debug: bool,
 }
 
-/// `[catalog]`
+/// `[catalog]`, whatever its source is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CatalogConfig {
-    /// `directory` of the catalog's files.
-    pub directory: PathBuf,
     /// `vip_quarantine`: for how long a freed virtual address goes to no other service.
     pub vip_quarantine: Duration,
+}
+
+/// Where services, intentions and identities come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SourceConfig {
+    /// A directory of files, with the built-in CA.
+    Files(FilesConfig),
+}
+
+impl SourceConfig {
+    /// The files, unless something else is the source.
+    pub fn files(&self) -> Option<&FilesConfig> {
+        match self {
+            Self::Files(files) => Some(files),
+        }
+    }
+}
+
+/// `[catalog]`, `[identity]` and `[policy]` where files are the source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FilesConfig {
+    /// `node.name`; the host's name by default.
+    pub node: NodeName,
+    /// `node.datacenter`, as it stands in identities.
+    pub datacenter: String,
+    /// `catalog.directory` of the files.
+    pub directory: PathBuf,
+    /// `[identity]`
+    pub identity: IdentityConfig,
+    /// `policy.default`: the answer where no intention matches.
+    pub default_intention: IntentionAction,
 }
 
 /// `[identity]`
@@ -132,13 +155,6 @@ pub struct CaConfig {
     pub passphrase_file: Option<PathBuf>,
     /// `roots` that are trusted: several while a root is replaced.
     pub roots: Vec<PathBuf>,
-}
-
-/// `[policy]`
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PolicyConfig {
-    /// `default`: the answer where no intention matches.
-    pub default: IntentionAction,
 }
 
 /// One `[[workload]]`: which processes are which service.
@@ -300,11 +316,7 @@ impl Config {
             ("node", self.node != new.node),
             ("agent", self.agent != new.agent),
             ("capture", capture(&self.capture) != capture(&new.capture)),
-            ("catalog", self.catalog != new.catalog),
-            (
-                "identity.trust_domain",
-                self.identity.trust_domain != new.identity.trust_domain,
-            ),
+            ("catalog.vip_quarantine", self.catalog != new.catalog),
             (
                 "tunnel.listen or tunnel.port",
                 (self.tunnel.listen, self.tunnel.port) != (new.tunnel.listen, new.tunnel.port),
@@ -321,7 +333,24 @@ impl Config {
         ];
         checks
             .into_iter()
+            .chain(self.source.needs_restart(&new.source))
             .filter_map(|(name, differs)| differs.then_some(name))
             .collect()
+    }
+}
+
+impl SourceConfig {
+    /// What of it only a restart changes, each with whether `new` differs in it.
+    fn needs_restart(&self, new: &Self) -> [(&'static str, bool); 3] {
+        let (Self::Files(old), Self::Files(new)) = (self, new);
+        let node = (&old.node, &old.datacenter) != (&new.node, &new.datacenter);
+        [
+            ("node.name or node.datacenter", node),
+            ("catalog.directory", old.directory != new.directory),
+            (
+                "identity.trust_domain",
+                old.identity.trust_domain != new.identity.trust_domain,
+            ),
+        ]
     }
 }

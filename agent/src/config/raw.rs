@@ -30,7 +30,7 @@ pub(super) struct Config {
     pub(super) capture: Capture,
     #[serde(default)]
     pub(super) catalog: Catalog,
-    pub(super) identity: Identity,
+    pub(super) identity: Option<Identity>,
     #[serde(default)]
     pub(super) policy: Policy,
     #[serde(default, deserialize_with = "workloads")]
@@ -51,7 +51,7 @@ pub(super) struct Node {
     pub(super) name: Option<NodeName>,
     #[serde(deserialize_with = "address")]
     pub(super) address: Option<IpAddr>,
-    pub(super) datacenter: String,
+    pub(super) datacenter: Option<String>,
     pub(super) state_dir: PathBuf,
 }
 
@@ -60,7 +60,7 @@ impl Default for Node {
         Self {
             name: None,
             address: None,
-            datacenter: "dc1".to_owned(),
+            datacenter: None,
             state_dir: "/var/lib/sidestep".into(),
         }
     }
@@ -128,14 +128,14 @@ fn pin_directory() -> PathBuf {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct Catalog {
-    pub(super) directory: PathBuf,
+    pub(super) directory: Option<PathBuf>,
     pub(super) vip_quarantine: Span,
 }
 
 impl Default for Catalog {
     fn default() -> Self {
         Self {
-            directory: "/etc/sidestep/catalog".into(),
+            directory: None,
             vip_quarantine: Span(Duration::from_secs(24 * 3600)),
         }
     }
@@ -172,18 +172,10 @@ pub(super) struct Ca {
     pub(super) roots: Vec<PathBuf>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct Policy {
-    pub(super) default: IntentionAction,
-}
-
-impl Default for Policy {
-    fn default() -> Self {
-        Self {
-            default: IntentionAction::Deny,
-        }
-    }
+    pub(super) default: Option<IntentionAction>,
 }
 
 #[derive(Debug, Deserialize)]

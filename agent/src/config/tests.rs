@@ -43,12 +43,13 @@ fn problems(main: &str) -> Vec<String> {
 fn defaults_fill_the_least_configuration() {
     let (_directory, path) = write(LEAST, &[]);
     let config = load(&path).unwrap();
-    assert_eq!(config.node.name.as_str(), "a");
+    let files = config.source.files().unwrap();
+    assert_eq!(files.node.as_str(), "a");
     assert_eq!(config.capture.port, 15_001);
     assert_eq!(config.capture.ipv4_range.to_string(), "240.0.0.0/4");
-    assert_eq!(config.policy.default, IntentionAction::Deny);
+    assert_eq!(files.default_intention, IntentionAction::Deny);
     assert_eq!(
-        config.identity.ca.roots,
+        files.identity.ca.roots,
         [PathBuf::from("/etc/sidestep/ca/ca.pem")]
     );
     assert_eq!(config.limits.idle_timeout, None);
@@ -289,8 +290,9 @@ fn drop_ins_override_in_order_and_append_workloads() {
         ],
     );
     let config = load(&path).unwrap();
-    assert_eq!(config.node.datacenter, "second");
-    assert_eq!(config.node.name.as_str(), "a");
+    let files = config.source.files().unwrap();
+    assert_eq!(files.datacenter, "second");
+    assert_eq!(files.node.as_str(), "a");
     let services: Vec<_> = config
         .workloads
         .iter()

@@ -16,7 +16,7 @@ use tokio::{
 
 use super::{Node, start, supervisor::Watchdog};
 use crate::{
-    config::{self, Config, IdentityConfig},
+    config::{self, Config, FilesConfig, SourceConfig},
     datapath::{NetnsCookie, Undesired},
     health,
     inbound::{listeners::TunnelListeners, targets::Targets},
@@ -92,8 +92,8 @@ impl Follower {
         let node = Arc::clone(&self.node);
         let catalog = node.catalog.current();
         let config = node.config.load();
-        node.decide_by(&catalog.snapshot.intentions);
-        let targets = Targets::new(&catalog, &config.node.name, &node.local);
+        node.decide_by(&catalog.snapshot);
+        let targets = Targets::new(&catalog, &node.name, &node.local);
         self.tunnels.follow(&targets.ports());
         *node.tunnel_addresses.lock() = self.tunnels.addresses();
         node.inbound.targets.store(Arc::new(targets));
@@ -199,11 +199,10 @@ impl Follower {
             tracing::warn!(table, "changed in the configuration, but takes a restart");
         }
         // What takes a restart stays as it runs, also in what we say of ourselves.
-        let identity = self.reload_authority(&old.identity, new.identity);
+        let source = self.reload_source(&old.source, new.source);
         let merged = Config {
-            identity,
+            source,
             workloads: new.workloads,
-            policy: new.policy,
             limits: config::LimitsConfig {
                 max_connections: old.limits.max_connections,
                 ..new.limits
@@ -247,21 +246,19 @@ impl Follower {
     }
 
     /// Reads the certificate authority again, also if its paths are the same. Returns what is in force now.
-    fn reload_authority(&self, old: &IdentityConfig, new: IdentityConfig) -> IdentityConfig {
-        if new.trust_domain != old.trust_domain {
-            // That takes a restart, and its authority would come too early.
-            return old.clone();
-        }
-        let reloaded = self.node.ca.reload(&start::ca_files(&new.ca), new.leaf_ttl);
-        let problem = reloaded.err().map(|error| chain(&error).to_string());
-        if let Some(error) = &problem {
-            tracing::error!(
-                error,
-                "certificate authority not reloaded: the one from before stays"
-            );
-        }
-        let failed = problem.is_some();
-        *self.node.ca_problem.lock() = problem;
-        if failed { old.clone() } else { new }
+    fn reload_source(&self, old: &SourceConfig, new: SourceConfig) -> SourceConfig {
+        let (SourceConfig::Files(old), SourceConfig::Files(new)) = (old, new);
+        // Of another trust domain, which takes a restart, the authority would come too early.
+        let is_taken_over = new.identity.trust_domain == old.identity.trust_domain
+            && self.node.authority.reload(&new.identity);
+        SourceConfig::Files(FilesConfig {
+            identity: if is_taken_over {
+                new.identity
+            } else {
+                old.identity.clone()
+            },
+            default_intention: new.default_intention,
+            ..old.clone()
+        })
     }
 }

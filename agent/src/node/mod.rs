@@ -3,14 +3,18 @@
 //! [`run`] reads in the order in which things must exist: privileges and cgroup, catalog, certificates,
 //! datapath, listeners. What [`start`] builds, [`follow`] keeps up to date and [`status`] describes.
 
+mod authority;
 mod follow;
 mod next_agent;
+mod source;
 mod start;
 mod status;
 mod supervisor;
 mod well;
 
-pub(crate) use start::{certificate_authority, file_context, vip_pools};
+pub(crate) use authority::builtin_ca;
+pub(crate) use source::file_context;
+pub(crate) use start::vip_pools;
 
 use std::{
     path::{Path, PathBuf},
@@ -23,11 +27,11 @@ use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use tokio::signal::unix::{SignalKind, signal};
 
+use self::authority::Authority;
 use crate::{
     admin::status::PredecessorStatus,
     catalog::{
-        file,
-        model::{Intention, IntentionAction},
+        model::{IntentionAction, NodeName, Snapshot},
         store::CatalogStore,
     },
     config::Config,
@@ -35,7 +39,7 @@ use crate::{
     datapath::Datapath,
     handover::{self, HandoverServer, Inheritance, Predecessor, Successor},
     health::Health,
-    identity::{LocalDomain, ca::BuiltinCa, certificates::Certificates},
+    identity::{LocalDomain, certificates::Certificates},
     inbound::Inbound,
     lifecycle::Shutdown,
     outbound::{Outbound, listeners::CaptureNamespaces},
@@ -74,6 +78,8 @@ struct Node {
     config_path: PathBuf,
     config: ArcSwap<Config>,
     started_at: SystemTime,
+    /// As the catalog names this node.
+    name: NodeName,
     log: LogHandle,
     telemetry: Telemetry,
     catalog: Arc<CatalogStore>,
@@ -82,9 +88,7 @@ struct Node {
     /// Why the kernel does not have the catalog in force.
     kernel_problem: Mutex<Option<String>>,
     policy: Arc<PolicyStore>,
-    ca: Arc<BuiltinCa>,
-    /// Why the authority's files were not taken over by the last reload.
-    ca_problem: Mutex<Option<String>>,
+    authority: Authority,
     certificates: Certificates,
     datapath: Arc<Datapath>,
     connections: Arc<Connections>,
@@ -102,10 +106,11 @@ struct Node {
 }
 
 impl Node {
-    /// Puts intentions in force, for connections to come.
-    fn decide_by(&self, intentions: &[Intention]) {
-        let default = self.config.load().policy.default;
-        self.policy.replace(Intentions::new(intentions, default));
+    /// Puts the intentions of `snapshot` in force, for connections to come.
+    fn decide_by(&self, snapshot: &Snapshot) {
+        let default = start::default_intention(&self.config.load(), snapshot);
+        self.policy
+            .replace(Intentions::new(&snapshot.intentions, default));
     }
 
     /// Cuts live connections that the intentions in force do not allow any more.
@@ -123,9 +128,9 @@ impl Node {
         }
     }
 
-    /// Puts intentions in force, also for live connections.
-    fn enforce(&self, intentions: &[Intention]) {
-        self.decide_by(intentions);
+    /// Puts the intentions of `snapshot` in force, also for live connections.
+    fn enforce(&self, snapshot: &Snapshot) {
+        self.decide_by(snapshot);
         self.cut_forbidden();
     }
 }
@@ -168,9 +173,9 @@ pub async fn run(
         follower.apply_catalog();
     }
     node.sockets.store();
-    let status = format!("serving as node {}", node.config.load().node.name);
+    let status = format!("serving as node {}", node.name);
     supervisor::ready(&status);
-    tracing::info!(node = %node.config.load().node.name, "ready");
+    tracing::info!(node = %node.name, "ready");
 
     let mut next_agent = pin!(handover.next_agent(&node.sockets, node.datapath.pin_lock()));
     let end = loop {
@@ -276,29 +281,5 @@ async fn drain(node: &Node, end: &End) -> usize {
                 cut = reports => cut,
             }
         }
-    }
-}
-
-/// Lines for people out of a file catalog's problems. Notes are none: what has no effect needs no repair.
-fn problem_lines(problems: &[file::Problem]) -> Vec<String> {
-    let errors = problems
-        .iter()
-        .filter(|problem| problem.severity == file::Severity::Error);
-    errors.map(ToString::to_string).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_note_is_no_problem() {
-        let [error, note] =
-            [file::Severity::Error, file::Severity::Note].map(|severity| file::Problem {
-                file: "/catalog/x.yaml".into(),
-                severity,
-                message: "said".to_owned(),
-            });
-        assert_eq!(problem_lines(&[note, error]), ["/catalog/x.yaml: said"]);
     }
 }

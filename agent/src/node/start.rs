@@ -10,11 +10,17 @@ use std::{
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 
-use super::{Node, NodeError, follow::Follower, problem_lines, status};
+use super::{
+    Node, NodeError,
+    authority::Authority,
+    follow::Follower,
+    source::{Opened, Source},
+    status,
+};
 use crate::{
     admin::{AdminServer, Existing},
     catalog::{
-        file::{FileContext, FileSource, Loaded, Severity},
+        model::{IntentionAction, Snapshot},
         store::CatalogStore,
         vip::{VipAllocator, VipPools},
     },
@@ -24,8 +30,7 @@ use crate::{
     handover::Inheritance,
     health::Health,
     identity::{
-        LocalDomain,
-        ca::{BuiltinCa, CaFiles},
+        ca::CaFiles,
         certificates::{Certificates, Jitter},
         clock::SystemClock,
         workload::WorkloadResolver,
@@ -63,21 +68,19 @@ pub(super) async fn start(
     let sockets = ListeningSockets::inheriting(inheritance.sockets);
     let cgroups = Arc::new(own_cgroup(&config)?);
     let telemetry = telemetry(&config)?;
-    let (catalog, source, loaded, problems) = catalog(&config);
-    let ca = certificate_authority(&config)?;
-    let certificates = Certificates::new(
-        Arc::<BuiltinCa>::clone(&ca),
-        Arc::new(SystemClock),
-        Jitter::random(),
-        shutdown.clone(),
-    );
+    let catalog = catalog(&config);
+    let Opened {
+        name,
+        local,
+        authority,
+        mut source,
+    } = Source::open(&config)?;
+    let problems = source.load(&catalog);
+    let certificates = certificates(&authority, &shutdown);
     let policy = Arc::new(PolicyStore::new(intentions(&config, &catalog)));
     let datapath = Arc::new(datapath(&config, &cgroups, inheritance.pin_lock)?);
-    let local = local_domain(&config);
     let connections = Connections::new(config.limits.max_connections);
-    let paths = Arc::clone(&cgroups);
-    let workloads = WorkloadResolver::new(&config.workloads, move |id| paths.path_of(id))
-        .map_err(NodeError::when("compile the [[workload]] rules"))?;
+    let workloads = workloads(&config, Arc::clone(&cgroups))?;
     let outbound = Arc::new(Outbound {
         datapath: Arc::clone(&datapath),
         catalog: Arc::clone(&catalog),
@@ -93,7 +96,7 @@ pub(super) async fn start(
     });
     let inbound = Arc::new(Inbound {
         catalog: Arc::clone(&catalog),
-        targets: ArcSwap::from_pointee(Targets::new(&catalog.current(), &config.node.name, &local)),
+        targets: ArcSwap::from_pointee(Targets::new(&catalog.current(), &name, &local)),
         namespaces: ArcSwap::from_pointee(namespaces(&config.workloads)),
         policy: Arc::clone(&policy),
         certificates: certificates.clone(),
@@ -116,14 +119,14 @@ pub(super) async fn start(
     let node = Arc::new(Node {
         config_path,
         started_at: SystemTime::now(),
+        name,
         log,
         telemetry,
         catalog,
         catalog_problems: Mutex::new(problems),
         kernel_problem: Mutex::default(),
         policy,
-        ca,
-        ca_problem: Mutex::default(),
+        authority,
         certificates,
         datapath,
         connections,
@@ -140,7 +143,7 @@ pub(super) async fn start(
     });
     let mut follower = Follower::new(Arc::clone(&node), tunnels);
     begin_capture(&mut follower)?;
-    watch_catalog(&node, source, loaded);
+    source.watch(&node);
     log_refusals(&node)?;
     // Last: whoever gets an answer from the agent may count on capture.
     serve_operators(&node, inheritance.takes_over).await?;
@@ -166,11 +169,19 @@ fn begin_capture(follower: &mut Follower) -> Result<(), NodeError> {
     Ok(())
 }
 
-fn local_domain(config: &Config) -> LocalDomain {
-    LocalDomain::new(
-        config.identity.trust_domain.clone(),
-        config.node.datacenter.clone(),
+fn certificates(authority: &Authority, shutdown: &Shutdown) -> Certificates {
+    let clock = Arc::new(SystemClock);
+    Certificates::new(
+        authority.provider(),
+        clock,
+        Jitter::random(),
+        shutdown.clone(),
     )
+}
+
+fn workloads(config: &Config, cgroups: Arc<Cgroup2>) -> Result<WorkloadResolver, NodeError> {
+    WorkloadResolver::new(&config.workloads, move |id| cgroups.path_of(id))
+        .map_err(NodeError::when("compile the [[workload]] rules"))
 }
 
 fn own_cgroup(config: &Config) -> Result<Cgroup2, NodeError> {
@@ -209,66 +220,29 @@ pub(crate) fn vip_pools(config: &Config) -> VipPools {
     }
 }
 
-/// The first catalog in force, what it comes from, and what is wrong with it.
-fn catalog(config: &Config) -> (Arc<CatalogStore>, FileSource, Loaded, Vec<String>) {
+/// The empty catalog, with the virtual addresses that were given out before.
+fn catalog(config: &Config) -> Arc<CatalogStore> {
     let state_file = config.node.state_dir.join("virtual-addresses.json");
     let quarantine = config.catalog.vip_quarantine;
     let (allocator, damaged) = VipAllocator::new(vip_pools(config), Some(state_file), quarantine);
     if let Some(problem) = damaged {
         tracing::error!(problem = %chain(&problem), "virtual addresses follow from names again");
     }
-    let store = Arc::new(CatalogStore::new(allocator));
-    let mut source = FileSource::new(config.catalog.directory.clone(), file_context(config));
-    let loaded = source.load();
-    let problems = publish(&store, &loaded);
-    (store, source, loaded, problems)
+    Arc::new(CatalogStore::new(allocator))
+}
+
+/// The answer where no intention matches: the source's, if it has one.
+pub(super) fn default_intention(config: &Config, snapshot: &Snapshot) -> IntentionAction {
+    let configured = || config.source.files().map(|files| files.default_intention);
+    snapshot
+        .default_intention
+        .or_else(configured)
+        .unwrap_or(IntentionAction::Deny)
 }
 
 fn intentions(config: &Config, catalog: &CatalogStore) -> Intentions {
-    let catalog = catalog.current();
-    Intentions::new(&catalog.snapshot.intentions, config.policy.default)
-}
-
-/// What the files may leave out, on this node.
-pub(crate) fn file_context(config: &Config) -> FileContext {
-    FileContext {
-        local_node: config.node.name.clone(),
-        local_address: config.node.address,
-        tunnel_port: config.tunnel.port,
-    }
-}
-
-/// Puts a snapshot in force; says what is wrong with it, and returns that.
-fn publish(store: &CatalogStore, loaded: &Loaded) -> Vec<String> {
-    for problem in &loaded.problems {
-        match problem.severity {
-            Severity::Error => tracing::error!(%problem, "catalog"),
-            Severity::Note => tracing::info!(%problem, "catalog"),
-        }
-    }
-    let mut lines = problem_lines(&loaded.problems);
-    for problem in store.publish(loaded.snapshot.clone()) {
-        tracing::error!(problem = %chain(&problem), "virtual addresses");
-        lines.push(chain(&problem).to_string());
-    }
-    let catalog = store.current();
-    let services = catalog.snapshot.services.len();
-    tracing::info!(version = catalog.version, services, "catalog published");
-    lines
-}
-
-fn watch_catalog(node: &Arc<Node>, source: FileSource, loaded: Loaded) {
-    let (shutdown, inner) = (node.shutdown.clone(), Arc::clone(node));
-    let publish = move |loaded: &Loaded| {
-        if inner.shutdown.is_draining() {
-            // The rest may be another agent's already. What may not go on is this one's to end.
-            inner.enforce(&loaded.snapshot.intentions);
-        } else {
-            *inner.catalog_problems.lock() = publish(&inner.catalog, loaded);
-        }
-    };
-    node.shutdown
-        .spawn_service("file catalog", source.watch(loaded, shutdown, publish));
+    let snapshot = &catalog.current().snapshot;
+    Intentions::new(&snapshot.intentions, default_intention(config, snapshot))
 }
 
 /// `[identity.ca]` as the CA takes it.
@@ -279,19 +253,6 @@ pub(super) fn ca_files(ca: &CaConfig) -> CaFiles {
         passphrase_file: ca.passphrase_file.clone(),
         roots: ca.roots.clone(),
     }
-}
-
-/// The CA of `[identity.ca]`, if its files can be used.
-pub(crate) fn certificate_authority(config: &Config) -> Result<Arc<BuiltinCa>, NodeError> {
-    let identity = &config.identity;
-    let ca = BuiltinCa::load(
-        &ca_files(&identity.ca),
-        identity.trust_domain.clone(),
-        identity.leaf_ttl,
-        Arc::new(SystemClock),
-    );
-    ca.map(Arc::new)
-        .map_err(NodeError::when("load the certificate authority"))
 }
 
 fn datapath(
@@ -447,6 +408,10 @@ fn log_refusals(node: &Arc<Node>) -> Result<(), NodeError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        catalog::file::{FileSource, Loaded},
+        node::file_context,
+    };
 
     #[test]
     fn what_is_wrong_with_the_first_catalog_is_told() {
@@ -471,7 +436,9 @@ mod tests {
         std::fs::write(&path, text).unwrap();
         let config = crate::config::load(&path).unwrap();
 
-        let (_store, _source, _loaded, problems) = catalog(&config);
+        let files = config.source.files().unwrap();
+        let source = FileSource::new(files.directory.clone(), file_context(&config, files));
+        let problems = Source::Files(source, Loaded::default()).load(&catalog(&config));
         let [problem] = problems.as_slice() else {
             panic!("{problems:?}");
         };

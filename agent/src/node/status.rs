@@ -15,8 +15,8 @@ use crate::{
     admin::{
         StatusSource,
         status::{
-            AttachmentStatus, AuthorityStatus, CatalogStatus, CertificateStatus, ConnectionCounts,
-            ConnectionStatus, EffectStatus, ListenerStatus, ServiceStatus, Status, WorkloadStatus,
+            AttachmentStatus, CatalogStatus, CertificateStatus, ConnectionCounts, ConnectionStatus,
+            EffectStatus, ListenerStatus, ServiceStatus, Status, WorkloadStatus,
         },
     },
     catalog::{model::Snapshot, store::Catalog},
@@ -25,7 +25,7 @@ use crate::{
     outbound::listeners::Place,
     telemetry::{
         log::{LogError, chain},
-        metrics::{AuthorityObservation, CatalogObservation, CertificateObservation, Observations},
+        metrics::{CatalogObservation, CertificateObservation, Observations},
         record::Direction,
         timestamp::Timestamp,
     },
@@ -37,12 +37,11 @@ pub(super) struct Operators(pub(super) Arc<Node>);
 impl StatusSource for Operators {
     fn status(&self) -> Status {
         let node = &self.0;
-        let config = node.config.load();
         let attachments = node.datapath.attachments();
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             process: std::process::id(),
-            node: config.node.name.to_string(),
+            node: node.name.to_string(),
             started_at: Timestamp(node.started_at),
             uptime_seconds: since(node.started_at),
             draining: node.shutdown.is_draining(),
@@ -67,7 +66,7 @@ impl StatusSource for Operators {
                 .collect(),
             catalog: catalog_status(node),
             services: services(&node.catalog.current()),
-            authority: authority(node),
+            authority: node.authority.status(),
             certificates: certificates(node),
             connections: ConnectionCounts {
                 live_outbound: node.connections.admitted(Direction::Outbound),
@@ -143,10 +142,7 @@ pub(super) fn observe(node: &Node) -> Observations {
             instances: instances(&catalog.snapshot),
             problems: problems(node).len(),
         }),
-        authority: Some(AuthorityObservation {
-            not_after: node.ca.summary().not_after.into(),
-            reload_failing: node.ca_problem.lock().is_some(),
-        }),
+        authority: Some(node.authority.observe()),
         certificates: certificates
             .map(|certificate| CertificateObservation {
                 service: certificate.identity.service,
@@ -204,17 +200,6 @@ fn instances(snapshot: &Snapshot) -> usize {
         .values()
         .map(|service| service.instances.len())
         .sum()
-}
-
-fn authority(node: &Node) -> AuthorityStatus {
-    let summary = node.ca.summary();
-    let roots = node.ca.roots().into_iter();
-    AuthorityStatus {
-        subject: summary.subject,
-        not_after: Timestamp(summary.not_after.into()),
-        roots: roots.map(|root| root.subject).collect(),
-        problem: node.ca_problem.lock().clone(),
-    }
 }
 
 fn certificates(node: &Node) -> Vec<CertificateStatus> {

@@ -207,6 +207,7 @@ impl FileSource {
             is_whole: self.was_read_whole,
             services,
             intentions,
+            default_intention: None,
         }
     }
 }

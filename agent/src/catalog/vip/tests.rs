@@ -36,6 +36,7 @@ fn snapshot<'a>(services: impl IntoIterator<Item = (&'a str, Option<&'a str>)>) 
         is_whole: true,
         services: services.into_iter().map(service).collect(),
         intentions: vec![],
+        default_intention: None,
     }
 }
 
