@@ -57,6 +57,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("peer_certificate", peer_certificate),
     ("proc_files", proc_files),
     ("server_name", server_name),
+    ("sock_diag", sock_diag),
     ("spiffe_id", spiffe_id),
     ("vip_state", vip_state),
 ];
@@ -461,6 +462,11 @@ pub fn server_name(bytes: &[u8]) {
         ];
         assert!(names.iter().any(|name| name.eq_ignore_ascii_case(sni)));
     }
+}
+
+/// What the kernel answers about sockets: read or refused, whatever its lengths say.
+pub fn sock_diag(bytes: &[u8]) {
+    crate::sock_diag::wire::read_any(bytes);
 }
 
 /// The URI of a certificate: an id that parses prints as one that parses to the same.

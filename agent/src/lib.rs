@@ -19,6 +19,7 @@ pub mod telemetry;
 pub mod admin;
 pub mod accept;
 pub mod sockets;
+pub mod sock_diag;
 pub mod socket_file;
 pub mod handover;
 pub mod health;
