@@ -6,6 +6,17 @@ use serde::{Deserialize, Serialize};
 
 use crate::telemetry::timestamp::Timestamp;
 
+/// The answer to `GET /intention`: whether a call may be made, and what decides.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IntentionStatus {
+    /// Whether it may.
+    pub allowed: bool,
+    /// The intention that decides, or the default, as access logs say it.
+    pub reason: String,
+    /// Where that intention is written; none for the default.
+    pub entry: Option<String>,
+}
+
 /// The answer to `GET /status`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Status {

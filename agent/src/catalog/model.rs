@@ -132,6 +132,8 @@ pub struct Intention {
     pub action: IntentionAction,
     /// Free text of the author.
     pub description: String,
+    /// Where it is written, for people: a file, an entry of Consul.
+    pub entry: Arc<str>,
 }
 
 /// One side of an intention. A wildcard namespace with an exact name does not exist in Consul.

@@ -7,6 +7,7 @@ mod ca;
 mod check;
 mod connections;
 mod detach;
+mod intention;
 mod log;
 mod output;
 mod probe;
@@ -49,6 +50,9 @@ enum Command {
     Status(status::StatusArgs),
     /// Show the live connections of the running agent.
     Connections(status::StatusArgs),
+    /// Ask the running agent about its intentions.
+    #[command(subcommand)]
+    Intention(intention::IntentionCommand),
     /// Take out of the kernel what an agent left there when it ended. Not while it runs.
     Detach(detach::DetachArgs),
     /// Change what the running agent logs, until it ends or is reloaded.
@@ -95,6 +99,7 @@ pub fn main() -> ExitCode {
         Command::Check(args) => check::check(&args),
         Command::Status(args) => status::status(&args),
         Command::Connections(args) => connections::connections(&args),
+        Command::Intention(command) => intention::intention(&command),
         Command::Detach(args) => detach::detach(&args),
         Command::Probe(args) => probe::probe(&args),
         Command::Log(args) => log::log(&args),

@@ -16,13 +16,17 @@ use crate::{
         StatusSource,
         status::{
             AttachmentStatus, CatalogStatus, CertificateStatus, ConnectionCounts, ConnectionStatus,
-            EffectStatus, ListenerStatus, ServiceStatus, Status, WorkloadStatus,
+            EffectStatus, IntentionStatus, ListenerStatus, ServiceStatus, Status, WorkloadStatus,
         },
     },
-    catalog::{model::Snapshot, store::Catalog},
+    catalog::{
+        model::{IntentionAction, ServiceName, Snapshot},
+        store::Catalog,
+    },
     config::WorkloadRule,
     health::Effect,
     outbound::listeners::Place,
+    policy::{Decision, Reason},
     telemetry::{
         log::{LogError, chain},
         metrics::{CatalogObservation, CertificateObservation, Observations},
@@ -93,6 +97,20 @@ impl StatusSource for Operators {
             }
         };
         self.0.connections.list().iter().map(describe).collect()
+    }
+
+    fn decide(&self, source: &ServiceName, destination: &ServiceName) -> IntentionStatus {
+        let node = &self.0;
+        let identity = node.local.identity_of(source);
+        let Decision { action, reason } = node.policy.current().decide(&identity, destination);
+        IntentionStatus {
+            allowed: action == IntentionAction::Allow,
+            entry: match &reason {
+                Reason::Intention { entry, .. } => Some(entry.to_string()),
+                Reason::Default(_) => None,
+            },
+            reason: reason.to_string(),
+        }
     }
 
     fn metrics(&self) -> String {

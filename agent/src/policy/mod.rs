@@ -5,7 +5,7 @@
 
 pub mod store;
 
-use std::{cmp::Reverse, collections::HashMap, fmt};
+use std::{cmp::Reverse, collections::HashMap, fmt, sync::Arc};
 
 pub use store::PolicyStore;
 
@@ -32,6 +32,7 @@ struct Rule {
     destination: IntentionMatch,
     action: IntentionAction,
     precedence: u8,
+    entry: Arc<str>,
 }
 
 /// The answer and why.
@@ -56,6 +57,8 @@ pub enum Reason {
         destination: IntentionMatch,
         /// 9 (both exact) to 1 (all wildcards).
         precedence: u8,
+        /// Where it is written.
+        entry: Arc<str>,
     },
     /// None matched: `policy.default`.
     Default(IntentionAction),
@@ -82,6 +85,7 @@ impl Intentions {
                 destination: intention.destination.clone(),
                 action: intention.action,
                 precedence: precedence(&intention.source, &intention.destination),
+                entry: Arc::clone(&intention.entry),
             };
             match &intention.destination.name {
                 Some(name) => exact.entry(name.clone()).or_default().push(rule),
@@ -118,6 +122,7 @@ impl Intentions {
                     source: rule.source.clone(),
                     destination: rule.destination.clone(),
                     precedence: rule.precedence,
+                    entry: Arc::clone(&rule.entry),
                 },
             },
             None => Decision {
@@ -161,6 +166,7 @@ impl fmt::Display for Reason {
                 source,
                 destination,
                 precedence,
+                entry: _,
             } => write!(
                 f,
                 "intention {} {source} => {destination} (precedence {precedence})",
@@ -198,6 +204,7 @@ mod tests {
             destination: side(destination),
             action,
             description: String::new(),
+            entry: "a test".into(),
         }
     }
 

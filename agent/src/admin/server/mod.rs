@@ -10,8 +10,9 @@ use std::{
 use hyper::{Method, StatusCode, Uri};
 use tokio::net::{UnixListener, UnixStream};
 
-use super::status::{ConnectionStatus, Status, Upgrading};
+use super::status::{ConnectionStatus, IntentionStatus, Status, Upgrading};
 use crate::{
+    catalog::model::{NameError, ServiceName},
     socket_file::SocketFile,
     telemetry::{
         http::{self, Answer, answer, plain},
@@ -29,6 +30,9 @@ pub trait StatusSource: Send + Sync {
 
     /// The live connections.
     fn connections(&self) -> Vec<ConnectionStatus>;
+
+    /// May `source` call `destination` by the intentions in force?
+    fn decide(&self, source: &ServiceName, destination: &ServiceName) -> IntentionStatus;
 
     /// The metrics page.
     fn metrics(&self) -> String;
@@ -119,15 +123,17 @@ fn respond(source: &dyn StatusSource, method: &Method, uri: &Uri) -> Answer {
     match (method, uri.path()) {
         (&Method::GET, "/status") => json(&source.status()),
         (&Method::GET, "/connections") => json(&source.connections()),
+        (&Method::GET, "/intention") => decide(source, uri.query()),
         (&Method::GET, "/metrics") => http::metrics_page(source.metrics()),
         (&Method::PUT, "/log") => set_log(source, uri.query()),
         (&Method::POST, "/upgrade") => upgrade(source),
-        (_, "/status" | "/connections" | "/metrics" | "/log" | "/upgrade") => {
+        (_, "/status" | "/connections" | "/intention" | "/metrics" | "/log" | "/upgrade") => {
             plain(StatusCode::METHOD_NOT_ALLOWED, "method not allowed\n")
         }
         _ => plain(
             StatusCode::NOT_FOUND,
-            "there are GET /status, /connections, /metrics, PUT /log?level= and POST /upgrade\n",
+            "there are GET /status, /connections, /intention?source=&destination=, /metrics, \
+             PUT /log?level= and POST /upgrade\n",
         ),
     }
 }
@@ -139,6 +145,28 @@ fn upgrade(source: &dyn StatusSource) -> Answer {
             StatusCode::INTERNAL_SERVER_ERROR,
             format!("start the next agent: {}\n", chain(&error)),
         ),
+    }
+}
+
+/// No character of a service's name needs percent-encoding.
+fn decide(status: &dyn StatusSource, query: Option<&str>) -> Answer {
+    let sides = query
+        .and_then(|query| query.strip_prefix("source="))
+        .and_then(|rest| rest.split_once("&destination="));
+    let Some((source, destination)) = sides else {
+        return plain(
+            StatusCode::BAD_REQUEST,
+            "expected GET /intention?source=SERVICE&destination=SERVICE\n",
+        );
+    };
+    let names = source.parse().and_then(|source| {
+        let destination = destination.parse()?;
+        Ok((source, destination))
+    });
+    let names: Result<(ServiceName, ServiceName), NameError> = names;
+    match names {
+        Ok((source, destination)) => json(&status.decide(&source, &destination)),
+        Err(error) => plain(StatusCode::BAD_REQUEST, format!("{error}\n")),
     }
 }
 

@@ -73,6 +73,14 @@ impl StatusSource for Fake {
         (0..50_000).map(one).collect()
     }
 
+    fn decide(&self, source: &ServiceName, destination: &ServiceName) -> IntentionStatus {
+        IntentionStatus {
+            allowed: source.as_str() == "web",
+            reason: format!("{source} => {destination}"),
+            entry: None,
+        }
+    }
+
     fn metrics(&self) -> String {
         "# EOF\n".to_owned()
     }
@@ -112,6 +120,25 @@ async fn status_survives_the_way() {
         let body = client::get(socket, "/status").await.unwrap();
         let status: Status = serde_json::from_slice(&body).unwrap();
         assert_eq!(status, example());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_intention_is_asked_for_by_both_names() {
+    with_server(async |socket, _| {
+        let path = "/intention?source=web&destination=db-1.x_y";
+        let body = client::get(socket, path).await.unwrap();
+        let decided: IntentionStatus = serde_json::from_slice(&body).unwrap();
+        assert!(decided.allowed);
+        assert_eq!(decided.reason, "web => db-1.x_y");
+        for wrong in ["", "?source=web", "?source=w%20b&destination=db"] {
+            let asked = client::get(socket, &format!("/intention{wrong}")).await;
+            assert!(
+                matches!(&asked, Err(ClientError::Refused { status, .. }) if *status == StatusCode::BAD_REQUEST),
+                "{wrong:?}: {asked:?}"
+            );
+        }
     })
     .await;
 }

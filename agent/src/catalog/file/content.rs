@@ -290,6 +290,7 @@ fn service_intentions(entry: ServiceIntentions, content: &mut Content) -> Result
             destination: destination.clone(),
             action,
             description: source.description,
+            entry: Arc::default(),
         });
     }
     Ok(())
@@ -309,6 +310,7 @@ fn old_intention(entry: OldIntention) -> Result<Intention, String> {
         )?,
         action: entry.action,
         description: entry.description,
+        entry: Arc::default(),
     })
 }
 

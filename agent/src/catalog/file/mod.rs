@@ -174,7 +174,10 @@ impl FileSource {
             for intention in &content.intentions {
                 let pair = (intention.source.clone(), intention.destination.clone());
                 if pairs.insert(pair) {
-                    intentions.push(intention.clone());
+                    intentions.push(Intention {
+                        entry: file.display().to_string().into(),
+                        ..intention.clone()
+                    });
                 } else {
                     tell(
                         Severity::Error,

@@ -62,13 +62,30 @@ pub(super) fn a_denied_client_sees_no_banner(_size: Size) -> Result<Finding> {
     let accepted_before = server.said().matches("accepted").count();
     let allowed = read(&mesh.shop, &vip(1, 25).to_string())?;
     let accepted_after = server.said().matches("accepted").count();
+    let explained = |caller| {
+        let question = ["intention", "check", caller, "mail"];
+        mesh.lab.a.sidestep(&question)?.output(SOON)
+    };
+    let (told_denied, told_allowed) = (explained("guest")?, explained("shop")?);
+    let is_explained = told_denied.code() == Some(2)
+        && told_denied.stdout.starts_with("Denied: default deny")
+        && told_allowed.code() == Some(0)
+        && told_allowed.stdout.contains("intention allow shop => *")
+        && told_allowed.stdout.contains(".yaml");
     Ok(Finding::new(
-        bytes(&denied) == 0 && accepted_before == 0 && bytes(&allowed) > 0 && accepted_after == 1,
+        bytes(&denied) == 0
+            && accepted_before == 0
+            && bytes(&allowed) > 0
+            && accepted_after == 1
+            && is_explained,
         format!(
-            "denied: {} bytes ({}), {accepted_before} connections at the server; allowed: {} bytes, {accepted_after}",
+            "denied: {} bytes ({}), {accepted_before} connections at the server; allowed: {} bytes, {accepted_after}; \
+             explained as {:?} and {:?}",
             bytes(&denied),
             text(&denied, "end"),
             bytes(&allowed),
+            told_denied.stdout.trim(),
+            told_allowed.stdout.trim(),
         ),
     ))
 }
