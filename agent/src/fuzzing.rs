@@ -16,15 +16,16 @@ use std::{
 use rustls::{client::danger::ServerCertVerifier as _, server::danger::ClientCertVerifier as _};
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use sidestep_abi::{
-    Address, Class, Facts, Found, KnownAddress, Origin, PortBe, Ranges, Role, Verdict, VipKey,
-    VipValue, classify, decide, loopback_spread,
+    Address, Class, Facts, Found, KnownAddress, Origin, PortBe, Ranges, Role,
+    Target as KernelTarget, Verdict, VipKey, VipValue, classify, decide, loopback_spread,
 };
 
 use crate::{
     catalog::{
         file::{FileContext, content},
         model::{
-            Health, Instance, NodeName, Service, ServiceDefaults, ServiceName, Snapshot, Weights,
+            Health, Instance, NodeName, Ports, Service, ServiceDefaults, ServiceName, Snapshot,
+            Weights,
         },
         store::CatalogStore,
         vip::{VipAllocator, VipPools},
@@ -208,24 +209,31 @@ pub fn connect_decision(bytes: &[u8]) {
     let (destination, port) = (fields.address(), PortBe(fields.u16()));
     let (service, reachable) = (fields.u64(), fields.byte() % 2 == 1);
     let key = VipKey::new(destination, port);
-    let whole = VipValue::new(&key, service, reachable);
+    let target = KernelTarget::new(service, reachable);
+    let whole = VipValue::new(&key, target);
     assert!(whole.is_for(&key));
     let torn = VipValue {
-        service: whole.service ^ fields.u64(),
+        target: KernelTarget {
+            service: service ^ fields.u64(),
+            ..target
+        },
         ..whole
     };
     assert!(torn == whole || !torn.is_for(&key));
-    let facts = Facts {
+    let mut facts = Facts {
         class: classify(&destination, &ranges),
         configured: fields.byte() % 2 == 1,
         agent: fields.byte() % 2 == 1,
         vip: found(fields.byte(), whole),
-        address: found(fields.byte(), KnownAddress::new(&destination)),
+        address: found(fields.byte(), KnownAddress::listed_ports(&destination)),
         listener: PortBe(fields.u16()),
     };
+    if fields.byte() % 2 == 1 && matches!(facts.address, Found::Value(_)) {
+        let any_port = KernelTarget::new(!service, fields.byte() % 2 == 1);
+        facts.address = Found::Value(KnownAddress::any_port(&destination, any_port));
+    }
     let verdict = decide(&facts);
-    let may_capture = facts.vip == Found::Value(whole)
-        && reachable
+    let may_capture = facts.target().is_some_and(|target| target.reachable == 1)
         && facts.listener != PortBe(0)
         && facts.configured
         && !facts.agent;
@@ -431,7 +439,7 @@ fn service(name: ServiceName, instances: Vec<Arc<Instance>>) -> (ServiceName, Ar
         name: name.clone(),
         instances,
         explicit_addresses: BTreeSet::new(),
-        ports: BTreeSet::from([80]),
+        ports: Ports::Listed(BTreeSet::from([80])),
         defaults: ServiceDefaults::default(),
     };
     (name, Arc::new(service))

@@ -149,7 +149,7 @@ fn what_is_pinned_outlives_its_descriptor() {
 
 fn element(number: u32) -> (Address, KnownAddress) {
     let address = Address::from_v4_word(number.to_be());
-    (address, KnownAddress::new(&address))
+    (address, KnownAddress::listed_ports(&address))
 }
 
 fn entries(map: BorrowedFd<'_>) -> Vec<(Address, KnownAddress)> {
@@ -200,7 +200,7 @@ fn a_map_of_another_shape_is_refused() {
     let shape = bpf::map_shape(map).unwrap();
     assert_eq!(
         (shape.key_size, shape.value_size, shape.max_entries),
-        (16, 8, 64)
+        (16, 32, 64)
     );
     bpf::check_map_shape(map, shape).unwrap();
     let others = [

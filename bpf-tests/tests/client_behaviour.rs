@@ -26,8 +26,8 @@ use bpf_tests::{
 };
 use serde_json::{Value, json};
 use sidestep::datapath::{
-    Captured, CgroupId, Datapath, DatapathSettings, FlowEvent, ServiceId, Undesired, Verdict,
-    VipRanges, VipTarget,
+    Captured, CgroupId, Datapath, DatapathSettings, FlowEvent, Reconciled, ServiceId, Undesired,
+    Verdict, VipRanges, VipTarget, VipTargets,
     cgroup::id_of_directory,
     listener::{self, CaptureListeners},
     netns::Netns,
@@ -40,6 +40,11 @@ const OTHER_VIP: &str = "240.0.0.6:443";
 const SICK_VIP: &str = "240.0.0.7:80";
 const VIP6: &str = "[fd00:1::5]:80";
 const CLUSTER_IP: &str = "10.96.0.1:80";
+/// An address that answers at every port, with a service of its own at this one.
+const OWN_PORT: &str = "240.0.0.8:22";
+const ANY_PORT: &str = "240.0.0.8";
+const ANY_PORT6: &str = "fd00:1::8";
+const ANY_PORT_REAL: &str = "10.96.0.8";
 
 /// Ends up in front of every client's program.
 const PRELUDE: &str = r"
@@ -154,13 +159,23 @@ impl Bench {
             (SICK_VIP, target(3, false)),
             (VIP6, target(4, true)),
             (CLUSTER_IP, target(5, true)),
+            (OWN_PORT, target(6, true)),
         ];
-        let vips: BTreeMap<SocketAddr, VipTarget> = vips
-            .into_iter()
-            .map(|(text, target)| (text.parse().unwrap(), target))
-            .collect();
+        let any_port = [
+            (ANY_PORT, target(8, true)),
+            (ANY_PORT6, target(8, true)),
+            (ANY_PORT_REAL, target(8, true)),
+        ];
+        let vips = VipTargets {
+            ports: vips
+                .map(|(at, target)| (at.parse().unwrap(), target))
+                .into(),
+            any_port: any_port
+                .map(|(at, target)| (at.parse().unwrap(), target))
+                .into(),
+        };
         let changed = self.datapath.reconcile(&vips, Undesired::Remove).unwrap();
-        assert_eq!((changed.added, changed.changed, changed.removed), (5, 0, 0));
+        assert_eq!((changed.added, changed.changed, changed.removed), (9, 0, 0));
     }
 
     fn listen(&mut self) {
@@ -674,21 +689,103 @@ fn so_original_dst_answers_only_if_switched_on() {
 #[test]
 fn what_is_gone_from_the_catalog_is_gone_from_the_kernel() {
     let bench = Bench::new("gone");
-    let one: SocketAddr = VIP.parse().unwrap();
     let target = VipTarget {
         service: ServiceId(1),
         reachable: true,
     };
-    let changed = bench
-        .datapath
-        .reconcile(&BTreeMap::from([(one, target)]), Undesired::Remove)
-        .unwrap();
-    assert_eq!((changed.added, changed.changed, changed.removed), (0, 0, 4));
+    let one = VipTargets {
+        ports: BTreeMap::from([(VIP.parse().unwrap(), target)]),
+        ..VipTargets::default()
+    };
+    let changed = bench.datapath.reconcile(&one, Undesired::Remove).unwrap();
+    assert_eq!((changed.added, changed.changed, changed.removed), (0, 0, 8));
     let said = bench.client(
         "said['kept'] = attempt(lambda: tcp().connect(VIP))
 said['gone'] = attempt(lambda: tcp().connect(OTHER))",
     );
     assert_eq!(said, json!({"kept": "ok", "gone": "EHOSTUNREACH"}));
+}
+
+#[test]
+fn an_address_may_answer_at_every_port() {
+    let bench = Bench::new("anyport");
+    let said = bench.client(
+        "held = []
+def connect(family, address):
+    s = tcp(family)
+    held.append(s)
+    s.connect(address)
+    assert s.getpeername()[:2] == address, s.getpeername()
+for port in (1, 80, 65535):
+    said['v4 %d' % port] = attempt(lambda: connect(socket.AF_INET, ('240.0.0.8', port)))
+    said['v6 %d' % port] = attempt(lambda: connect(socket.AF_INET6, ('fd00:1::8', port)))
+said['own'] = attempt(lambda: connect(socket.AF_INET, ('240.0.0.8', 22)))
+said['real'] = attempt(lambda: connect(socket.AF_INET, ('10.96.0.8', 9)))
+said['listed'] = attempt(lambda: connect(socket.AF_INET, ('240.0.0.5', 81)))",
+    );
+    let expected = json!({
+        "v4 1": "ok", "v4 80": "ok", "v4 65535": "ok", "v6 1": "ok", "v6 80": "ok", "v6 65535": "ok",
+        "own": "ok", "real": "ok", "listed": "ECONNREFUSED",
+    });
+    assert_eq!(said, expected);
+    let captured: BTreeMap<SocketAddr, ServiceId> = (0..8)
+        .map(|_| bench.captured())
+        .map(|captured| (captured.destination, captured.service))
+        .collect();
+    let expected = [
+        ("240.0.0.8:1", 8),
+        ("240.0.0.8:80", 8),
+        ("240.0.0.8:65535", 8),
+        ("[fd00:1::8]:1", 8),
+        ("[fd00:1::8]:80", 8),
+        ("[fd00:1::8]:65535", 8),
+        (OWN_PORT, 6),
+        ("10.96.0.8:9", 8),
+    ];
+    let expected = expected.map(|(at, service)| (at.parse().unwrap(), ServiceId(service)));
+    assert_eq!(captured, expected.into());
+    bench.assert_nothing_more_captured();
+    assert_eq!(bench.count(Verdict::RefusedUnknownPort), 1);
+}
+
+#[test]
+fn an_address_goes_from_every_port_to_few_and_back() {
+    let bench = Bench::new("fewports");
+    let target = VipTarget {
+        service: ServiceId(8),
+        reachable: true,
+    };
+    let any_port = VipTargets {
+        any_port: BTreeMap::from([(ANY_PORT.parse().unwrap(), target)]),
+        ..VipTargets::default()
+    };
+    let few = VipTargets {
+        ports: BTreeMap::from([("240.0.0.8:80".parse().unwrap(), target)]),
+        ..VipTargets::default()
+    };
+    let mut answers = Vec::new();
+    for targets in [&any_port, &few, &any_port] {
+        let changed = bench
+            .datapath
+            .reconcile(targets, Undesired::Remove)
+            .unwrap();
+        let again = bench
+            .datapath
+            .reconcile(targets, Undesired::Remove)
+            .unwrap();
+        assert_eq!(again, Reconciled::default());
+        let said = bench.client(
+            "said = [attempt(lambda: tcp().connect(('240.0.0.8', port))) for port in (80, 81)]",
+        );
+        answers.push((changed.added, changed.removed, said));
+    }
+    let both = json!(["ok", "ok"]);
+    let expected = [
+        (0, 8, both.clone()),
+        (1, 1, json!(["ok", "ECONNREFUSED"])),
+        (1, 1, both),
+    ];
+    assert_eq!(answers, expected);
 }
 
 #[test]

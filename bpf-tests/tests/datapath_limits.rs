@@ -29,7 +29,7 @@ use bpf_tests::{
 };
 use sidestep::datapath::{
     Captured, Datapath, DatapathSettings, FlowEvent, ServiceId, Undesired, Verdict, VipRanges,
-    VipTarget,
+    VipTarget, VipTargets,
     listener::{self, CaptureListeners},
     netns::Netns,
 };
@@ -154,20 +154,20 @@ fn home() -> Cgroup {
 }
 
 /// As many destinations as there may be, all in one /24 of 240/8 that `network` chooses.
-fn catalog(network: u8) -> BTreeMap<SocketAddr, VipTarget> {
+fn catalog(network: u8) -> VipTargets {
     let target = VipTarget {
         service: ServiceId(1),
         reachable: true,
     };
-    (0..FEW)
-        .map(|host| {
-            let host = u8::try_from(host).unwrap();
-            (
-                SocketAddr::from((Ipv4Addr::new(240, 0, network, host), 80)),
-                target,
-            )
-        })
-        .collect()
+    let destination = |host| {
+        let host = u8::try_from(host).unwrap();
+        let address = Ipv4Addr::new(240, 0, network, host);
+        (SocketAddr::from((address, 80)), target)
+    };
+    VipTargets {
+        ports: (0..FEW).map(destination).collect(),
+        ..VipTargets::default()
+    }
 }
 
 #[test]

@@ -26,7 +26,7 @@ use bpf_tests::{
 };
 use sidestep::datapath::{
     Attachment, Datapath, DatapathError, DatapathSettings, Reconciled, ServiceId, Undesired,
-    Verdict, VipRanges, VipTarget,
+    Verdict, VipRanges, VipTarget, VipTargets,
     bpf::{self, CgroupHook},
     listener::{self, CaptureListeners},
     netns::Netns,
@@ -170,16 +170,17 @@ fn running_in(cgroup: &Cgroup) -> Vec<String> {
     ids.map(|id| bpf::program_name(id).unwrap()).collect()
 }
 
-fn catalog(hosts: &[u8]) -> BTreeMap<SocketAddr, VipTarget> {
+fn catalog(hosts: &[u8]) -> VipTargets {
     let target = VipTarget {
         service: ServiceId(1),
         reachable: true,
     };
     let destination = |host: &u8| SocketAddr::from(([240, 0, 0, *host], 80));
-    hosts
-        .iter()
-        .map(|host| (destination(host), target))
-        .collect()
+    let ports = hosts.iter().map(|host| (destination(host), target));
+    VipTargets {
+        ports: ports.collect(),
+        ..VipTargets::default()
+    }
 }
 
 fn by_link(attachments: &[Attachment]) -> BTreeMap<u32, u32> {

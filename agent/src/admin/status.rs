@@ -120,8 +120,8 @@ pub struct ServiceStatus {
     pub name: String,
     /// Its virtual addresses.
     pub addresses: Vec<IpAddr>,
-    /// The ports that answer there.
-    pub ports: Vec<u16>,
+    /// The ports that answer there; `None` if every one does.
+    pub ports: Option<Vec<u16>>,
     /// How many instances it has.
     pub instances: usize,
     /// How many of them take traffic.

@@ -37,9 +37,18 @@ pub struct Service {
     /// Addresses given explicitly (`TaggedAddresses.virtual`, `consul-virtual`); empty if Sidestep allocates.
     pub explicit_addresses: BTreeSet<IpAddr>,
     /// The ports that answer on every virtual address of the service.
-    pub ports: BTreeSet<u16>,
+    pub ports: Ports,
     /// From `service-defaults`, or the defaults of that kind.
     pub defaults: ServiceDefaults,
+}
+
+/// At which ports of its virtual addresses a service answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ports {
+    /// At these.
+    Listed(BTreeSet<u16>),
+    /// At every one: the address alone says which service is meant, as with Consul's virtual addresses.
+    Any,
 }
 
 /// The part of a `service-defaults` config entry that Sidestep honours.

@@ -12,11 +12,11 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use super::{
-    model::{Service, ServiceName, Snapshot},
+    model::{Ports, Service, ServiceName, Snapshot},
     vip::{VipAllocator, VipProblem},
 };
 use crate::{
-    datapath::{ServiceId, VipTarget},
+    datapath::{ServiceId, VipTarget, VipTargets},
     stable_hash::fnv1a,
 };
 
@@ -32,13 +32,18 @@ pub struct Catalog {
     /// The virtual addresses of each service.
     pub addresses: BTreeMap<ServiceName, BTreeSet<IpAddr>>,
     by_destination: HashMap<SocketAddr, Arc<Service>>,
+    /// Of the services that answer at every port.
+    by_address: HashMap<IpAddr, Arc<Service>>,
 }
 
 impl Catalog {
     /// The service that answers at a virtual address and port; v4-mapped addresses are the IPv4 ones.
     pub fn service_at(&self, destination: SocketAddr) -> Option<&Arc<Service>> {
-        let canonical = SocketAddr::new(destination.ip().to_canonical(), destination.port());
-        self.by_destination.get(&canonical)
+        let address = destination.ip().to_canonical();
+        let of_port = SocketAddr::new(address, destination.port());
+        self.by_destination
+            .get(&of_port)
+            .or_else(|| self.by_address.get(&address))
     }
 
     /// The service of that name.
@@ -47,16 +52,20 @@ impl Catalog {
     }
 
     /// What the kernel must know: every virtual address and port, whose it is, and whether it can be called.
-    pub fn vip_targets(&self) -> BTreeMap<SocketAddr, VipTarget> {
-        let target = |(destination, service): (&SocketAddr, &Arc<Service>)| {
-            let reachable = service
-                .instances
-                .iter()
-                .any(|instance| instance.weight() > 0);
-            let service = id_of(&service.name);
-            (*destination, VipTarget { service, reachable })
+    pub fn vip_targets(&self) -> VipTargets {
+        let target = |service: &Service| {
+            let mut instances = service.instances.iter();
+            VipTarget {
+                service: id_of(&service.name),
+                reachable: instances.any(|instance| instance.weight() > 0),
+            }
         };
-        self.by_destination.iter().map(target).collect()
+        let by_destination = self.by_destination.iter();
+        let by_address = self.by_address.iter();
+        VipTargets {
+            ports: by_destination.map(|(at, s)| (*at, target(s))).collect(),
+            any_port: by_address.map(|(at, s)| (*at, target(s))).collect(),
+        }
     }
 }
 
@@ -90,14 +99,20 @@ impl CatalogStore {
         let now = SystemTime::now();
         let assigned = allocator.assign(&snapshot, now);
         let mut by_destination = HashMap::new();
+        let mut by_address = HashMap::new();
         for (name, addresses) in &assigned.addresses {
             let Some(service) = snapshot.services.get(name) else {
                 continue;
             };
-            for address in addresses {
-                for port in &service.ports {
-                    let destination = SocketAddr::new(address.to_canonical(), *port);
-                    by_destination.insert(destination, Arc::clone(service));
+            for address in addresses.iter().map(IpAddr::to_canonical) {
+                match &service.ports {
+                    Ports::Listed(ports) => by_destination.extend(ports.iter().map(|port| {
+                        let destination = SocketAddr::new(address, *port);
+                        (destination, Arc::clone(service))
+                    })),
+                    Ports::Any => {
+                        by_address.insert(address, Arc::clone(service));
+                    }
                 }
             }
         }
@@ -108,6 +123,7 @@ impl CatalogStore {
             snapshot,
             addresses: assigned.addresses,
             by_destination,
+            by_address,
         }));
         self.version.send_replace(version);
         assigned.problems
@@ -146,7 +162,7 @@ mod tests {
                 name: name.clone(),
                 instances: vec![],
                 explicit_addresses: BTreeSet::new(),
-                ports: BTreeSet::from([80, 443]),
+                ports: Ports::Listed(BTreeSet::from([80, 443])),
                 defaults: ServiceDefaults::default(),
             };
             (name, Arc::new(service))
@@ -164,12 +180,35 @@ mod tests {
         let store = store();
         assert!(store.publish(snapshot(&["db", "web"])).is_empty());
         let catalog = store.current();
-        assert_eq!(catalog.vip_targets().len(), 2 * 2 * 2);
+        let targets = catalog.vip_targets();
+        assert_eq!(
+            (targets.ports.len(), targets.any_port.len()),
+            (2 * 2 * 2, 0)
+        );
         for (name, addresses) in &catalog.addresses {
             for address in addresses {
                 let found = catalog.service_at(SocketAddr::new(*address, 443)).unwrap();
                 assert_eq!(found.name, *name);
                 assert!(catalog.service_at(SocketAddr::new(*address, 444)).is_none());
+            }
+        }
+    }
+
+    #[test]
+    fn a_service_may_answer_at_every_port() {
+        let store = store();
+        let mut snapshot = snapshot(&["db", "web"]);
+        let web = snapshot.services.get_mut(&"web".parse().unwrap()).unwrap();
+        Arc::make_mut(web).ports = Ports::Any;
+        store.publish(snapshot);
+        let catalog = store.current();
+        let targets = catalog.vip_targets();
+        assert_eq!((targets.ports.len(), targets.any_port.len()), (2 * 2, 2));
+        for (name, addresses) in &catalog.addresses {
+            for address in addresses {
+                let found = catalog.service_at(SocketAddr::new(*address, 444));
+                let expected = (name.as_str() == "web").then_some("web");
+                assert_eq!(found.map(|service| service.name.as_str()), expected);
             }
         }
     }

@@ -131,12 +131,11 @@ fn sections(status: &Status, text: &mut String) {
         status.services.iter().map(|service| {
             let addresses: Vec<String> =
                 service.addresses.iter().map(ToString::to_string).collect();
-            let ports: Vec<String> = service.ports.iter().map(ToString::to_string).collect();
             let available = format!("{}/{} available", service.available, service.instances);
             vec![
                 service.name.clone(),
                 addresses.join(" "),
-                format!("ports {}", ports.join(" ")),
+                ports(service.ports.as_deref()),
                 available,
             ]
         }),
@@ -197,6 +196,16 @@ fn sections(status: &Status, text: &mut String) {
         "connects",
         counted.map(|(verdict, count)| vec![verdict.clone(), count.to_string()]),
     );
+}
+
+fn ports(ports: Option<&[u16]>) -> String {
+    match ports {
+        Some(ports) => {
+            let ports: Vec<String> = ports.iter().map(ToString::to_string).collect();
+            format!("ports {}", ports.join(" "))
+        }
+        None => "any port".to_owned(),
+    }
 }
 
 fn section(text: &mut String, title: &str, rows: impl Iterator<Item = Vec<String>>) {

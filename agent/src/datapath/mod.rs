@@ -25,12 +25,10 @@ pub use events::{Refused, RefusedEvents};
 pub use sidestep_abi::{FlowEvent, Verdict};
 pub use types::{
     Attachment, Captured, CgroupId, DatapathSettings, NetnsCookie, Reconciled, ServiceId,
-    Undesired, VipRanges, VipTarget,
+    Undesired, VipRanges, VipTarget, VipTargets,
 };
 
 use std::{
-    collections::BTreeMap,
-    net::SocketAddr,
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
     path::PathBuf,
     time::Duration,
@@ -155,7 +153,7 @@ impl Datapath {
     /// refuses, when a part may have been written. Calling again is always right.
     pub fn reconcile(
         &self,
-        desired: &BTreeMap<SocketAddr, VipTarget>,
+        desired: &VipTargets,
         undesired: Undesired,
     ) -> Result<Reconciled, DatapathError> {
         let _one_at_a_time = self.reconciling.lock();

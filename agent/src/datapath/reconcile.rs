@@ -1,107 +1,121 @@
 //! Making the kernel's maps say what the catalog says, by content.
 
-use std::{collections::BTreeMap, net::SocketAddr, os::fd::AsFd as _};
+use std::{collections::BTreeMap, os::fd::AsFd as _};
 
-use sidestep_abi::{Address, KnownAddress, PortBe, VipKey, VipValue};
+use sidestep_abi::{Address, KnownAddress, PortBe, Target, VipKey, VipValue};
 
-use super::{DatapathError, Maps, Reconciled, Undesired, VipTarget, bpf, error::MapOperation};
+use super::{
+    DatapathError, Maps, Reconciled, Undesired, VipTarget, VipTargets, bpf, error::MapOperation,
+};
 
 /// Adds and changes first, then deletes: what stays is never missing in between.
 pub(super) fn reconcile(
     maps: &Maps,
-    desired: &BTreeMap<SocketAddr, VipTarget>,
+    desired: &VipTargets,
     undesired: Undesired,
     max_vips: u32,
 ) -> Result<Reconciled, DatapathError> {
-    if desired.len() > max_vips as usize {
+    let destinations = desired.ports.len() + desired.any_port.len();
+    if destinations > max_vips as usize {
         return Err(DatapathError::TooManyVips {
-            wanted: desired.len(),
+            wanted: destinations,
             limit: max_vips,
         });
     }
     let (wanted_vips, wanted_addresses) = wanted(desired);
 
-    let vips = maps.vips.as_fd();
-    let fails = |operation| move |source| DatapathError::map("VIPS", operation, source);
+    let (vips, addresses) = (maps.vips.as_fd(), maps.addresses.as_fd());
+    let fails =
+        |map, operation| move |source: std::io::Error| DatapathError::map(map, operation, source);
     let current: BTreeMap<VipKey, VipValue> = bpf::map_entries(vips)
-        .map_err(fails(MapOperation::Read))?
+        .map_err(fails("VIPS", MapOperation::Read))?
         .into_iter()
         .collect();
-    let known: BTreeMap<Address, KnownAddress> = bpf::map_entries(maps.addresses.as_fd())
-        .map_err(|source| DatapathError::map("ADDRESSES", MapOperation::Read, source))?
+    let known: BTreeMap<Address, KnownAddress> = bpf::map_entries(addresses)
+        .map_err(fails("ADDRESSES", MapOperation::Read))?
         .into_iter()
         .collect();
+    let ports = Difference::between(&current, &wanted_vips);
+    let hosts = Difference::between(&known, &wanted_addresses);
 
-    let added = wanted_vips
-        .keys()
-        .filter(|key| !current.contains_key(key))
-        .count();
-    let written: Vec<(VipKey, VipValue)> = wanted_vips
-        .iter()
-        .filter(|(key, value)| current.get(key) != Some(value))
-        .map(|(key, value)| (*key, *value))
-        .collect();
-    let removed: Vec<VipKey> = current
-        .keys()
-        .filter(|key| !wanted_vips.contains_key(key))
-        .copied()
-        .collect();
     // An address is known before its ports are, and until after they are gone: a connect to a port that
-    // is about to come or has just gone is refused, never passed.
-    write_addresses(maps, &wanted_addresses, &known)?;
-    bpf::map_update_batch(vips, &written).map_err(fails(MapOperation::Write))?;
-    let mut reconciled = Reconciled {
-        added,
-        changed: written.len() - added,
-        removed: 0,
-    };
-    if undesired == Undesired::Keep {
-        return Ok(reconciled);
+    // is about to come or has just gone is refused, never passed. One whose ports become few is changed after
+    // those are there, and one that answers at every port from now on before they go.
+    bpf::map_update_batch(addresses, &hosts.added)
+        .map_err(fails("ADDRESSES", MapOperation::Write))?;
+    for written in [&ports.added, &ports.changed] {
+        bpf::map_update_batch(vips, written).map_err(fails("VIPS", MapOperation::Write))?;
     }
-    bpf::map_delete_batch(vips, &removed).map_err(fails(MapOperation::Delete))?;
-    delete_addresses(maps, &wanted_addresses, &known)?;
-    reconciled.removed = removed.len();
-    Ok(reconciled)
+    bpf::map_update_batch(addresses, &hosts.changed)
+        .map_err(fails("ADDRESSES", MapOperation::Write))?;
+    if undesired == Undesired::Remove {
+        bpf::map_delete_batch(vips, &ports.removed).map_err(fails("VIPS", MapOperation::Delete))?;
+        bpf::map_delete_batch(addresses, &hosts.removed)
+            .map_err(fails("ADDRESSES", MapOperation::Delete))?;
+    }
+    let mut changed = Reconciled::default();
+    let any_port = Difference::between(&of_any_port(&known), &of_any_port(&wanted_addresses));
+    for (added, other, removed) in [ports.counts(), any_port.counts()] {
+        changed.added += added;
+        changed.changed += other;
+        if undesired == Undesired::Remove {
+            changed.removed += removed;
+        }
+    }
+    Ok(changed)
 }
 
-fn wanted(
-    desired: &BTreeMap<SocketAddr, VipTarget>,
-) -> (BTreeMap<VipKey, VipValue>, BTreeMap<Address, KnownAddress>) {
+fn wanted(desired: &VipTargets) -> (BTreeMap<VipKey, VipValue>, BTreeMap<Address, KnownAddress>) {
     let mut vips = BTreeMap::new();
     let mut addresses = BTreeMap::new();
-    for (destination, target) in desired {
+    for (destination, target) in &desired.ports {
         let address = Address::from_ip(destination.ip());
         let key = VipKey::new(address, PortBe::from_host(destination.port()));
-        vips.insert(key, VipValue::new(&key, target.service.0, target.reachable));
-        addresses.insert(address, KnownAddress::new(&address));
+        vips.insert(key, VipValue::new(&key, in_kernel(target)));
+        addresses.insert(address, KnownAddress::listed_ports(&address));
+    }
+    for (ip, target) in &desired.any_port {
+        let address = Address::from_ip(*ip);
+        addresses.insert(address, KnownAddress::any_port(&address, in_kernel(target)));
     }
     (vips, addresses)
 }
 
-fn write_addresses(
-    maps: &Maps,
-    wanted: &BTreeMap<Address, KnownAddress>,
-    known: &BTreeMap<Address, KnownAddress>,
-) -> Result<(), DatapathError> {
-    let missing: Vec<(Address, KnownAddress)> = wanted
-        .iter()
-        .filter(|(address, value)| known.get(address) != Some(value))
-        .map(|(address, value)| (*address, *value))
-        .collect();
-    bpf::map_update_batch(maps.addresses.as_fd(), &missing)
-        .map_err(|source| DatapathError::map("ADDRESSES", MapOperation::Write, source))
+fn in_kernel(target: &VipTarget) -> Target {
+    Target::new(target.service.0, target.reachable)
 }
 
-fn delete_addresses(
-    maps: &Maps,
-    wanted: &BTreeMap<Address, KnownAddress>,
-    known: &BTreeMap<Address, KnownAddress>,
-) -> Result<(), DatapathError> {
-    let gone: Vec<Address> = known
-        .keys()
-        .filter(|address| !wanted.contains_key(address))
-        .copied()
-        .collect();
-    bpf::map_delete_batch(maps.addresses.as_fd(), &gone)
-        .map_err(|source| DatapathError::map("ADDRESSES", MapOperation::Delete, source))
+fn of_any_port(addresses: &BTreeMap<Address, KnownAddress>) -> BTreeMap<Address, KnownAddress> {
+    let of_any_port = addresses.iter().filter(|(_, known)| known.any_port != 0);
+    of_any_port
+        .map(|(address, known)| (*address, *known))
+        .collect()
+}
+
+/// What makes one map another, by key.
+struct Difference<K, V> {
+    added: Vec<(K, V)>,
+    changed: Vec<(K, V)>,
+    removed: Vec<K>,
+}
+
+impl<K: Copy + Ord, V: Copy + PartialEq> Difference<K, V> {
+    fn between(current: &BTreeMap<K, V>, wanted: &BTreeMap<K, V>) -> Self {
+        let written = wanted
+            .iter()
+            .filter(|(key, value)| current.get(key) != Some(value))
+            .map(|(key, value)| (*key, *value));
+        let (changed, added) = written.partition(|(key, _)| current.contains_key(key));
+        let removed = current.keys().filter(|key| !wanted.contains_key(key));
+        Self {
+            added,
+            changed,
+            removed: removed.copied().collect(),
+        }
+    }
+
+    /// Of additions, changes, removals.
+    fn counts(&self) -> (usize, usize, usize) {
+        (self.added.len(), self.changed.len(), self.removed.len())
+    }
 }

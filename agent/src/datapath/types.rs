@@ -1,6 +1,7 @@
 //! What the rest of the agent says to the datapath and hears from it.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
@@ -77,6 +78,15 @@ pub struct VipTarget {
     pub service: ServiceId,
     /// Whether it has an instance that may be called; if not, connects are refused in the kernel.
     pub reachable: bool,
+}
+
+/// What the kernel is to know of virtual addresses.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct VipTargets {
+    /// Who answers at one port of an address.
+    pub ports: BTreeMap<SocketAddr, VipTarget>,
+    /// Who answers at every port of an address that `ports` does not have.
+    pub any_port: BTreeMap<IpAddr, VipTarget>,
 }
 
 /// What to load, and where to attach it.

@@ -104,7 +104,7 @@ impl Follower {
         };
         let mut targets = catalog.vip_targets();
         for address in health::reserved(config.capture.ipv6_range) {
-            targets.insert(address, health::target());
+            targets.ports.insert(address, health::target());
         }
         match node.datapath.reconcile(&targets, undesired) {
             Ok(changed) => {

@@ -20,7 +20,7 @@ use crate::{
         },
     },
     catalog::{
-        model::{IntentionAction, ServiceName, Snapshot},
+        model::{IntentionAction, Ports, ServiceName, Snapshot},
         store::Catalog,
     },
     config::WorkloadRule,
@@ -205,7 +205,10 @@ fn services(catalog: &Catalog) -> Vec<ServiceStatus> {
             .flatten()
             .copied()
             .collect(),
-        ports: service.ports.iter().copied().collect(),
+        ports: match &service.ports {
+            Ports::Listed(ports) => Some(ports.iter().copied().collect()),
+            Ports::Any => None,
+        },
         instances: service.instances.len(),
         available: service.instances.iter().filter(|i| i.weight() > 0).count(),
     };

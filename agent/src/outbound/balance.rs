@@ -179,7 +179,7 @@ mod tests {
     use std::collections::{BTreeMap, BTreeSet};
 
     use super::*;
-    use crate::catalog::model::{Health, ServiceDefaults, Weights};
+    use crate::catalog::model::{Health, Ports, ServiceDefaults, Weights};
 
     const EJECTION: Ejection = Ejection {
         after: 3,
@@ -204,7 +204,7 @@ mod tests {
             name: "db".parse().unwrap(),
             instances: instances.collect(),
             explicit_addresses: BTreeSet::new(),
-            ports: BTreeSet::from([5432]),
+            ports: Ports::Listed(BTreeSet::from([5432])),
             defaults: ServiceDefaults::default(),
         }
     }

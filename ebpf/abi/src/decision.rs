@@ -2,7 +2,7 @@
 
 use crate::{
     address::{Address, PortBe},
-    maps::{KnownAddress, VipValue, digest_of, mix},
+    maps::{KnownAddress, Target, VipValue, digest_of, mix},
     verdict::Verdict,
 };
 
@@ -58,8 +58,20 @@ pub struct Facts {
     /// `ADDRESSES` at the destination; need not be looked up if `vip` was found.
     pub address: Found<KnownAddress>,
     /// The port of the agent's listener in the socket's network namespace, from `LISTENERS`, or 0; need not
-    /// be looked up if `vip` was not found.
+    /// be looked up if there is no [`Self::target`].
     pub listener: PortBe,
+}
+
+impl Facts {
+    /// Which service answers at the destination: that of its port, else that of every port of its address.
+    #[inline(always)]
+    pub const fn target(&self) -> Option<Target> {
+        match (&self.vip, &self.address) {
+            (Found::Value(vip), _) => Some(vip.target),
+            (Found::Absent, Found::Value(known)) if known.any_port != 0 => Some(known.target),
+            _ => None,
+        }
+    }
 }
 
 /// Classifies a destination.
@@ -103,7 +115,7 @@ const fn in_v6_range(address: &Address, ranges: &Ranges) -> bool {
 
 /// Decides about a TCP connect. Other protocols pass before this is asked.
 ///
-/// [`Verdict::Captured`] comes only with `vip` a [`Found::Value`] and a `listener`.
+/// [`Verdict::Captured`] comes only with a [`Facts::target`] and a `listener`.
 #[inline(always)]
 pub const fn decide(facts: &Facts) -> Verdict {
     let in_range = match facts.class {
@@ -118,13 +130,11 @@ pub const fn decide(facts: &Facts) -> Verdict {
             Verdict::PassedOther
         };
     }
-    let target = match (&facts.vip, &facts.address) {
-        (Found::Value(target), _) => Some(target),
+    match (&facts.vip, &facts.address) {
         (Found::Torn, _) | (Found::Absent, Found::Torn) => return Verdict::RefusedTorn,
-        (Found::Absent, Found::Value(_)) => None,
-        (Found::Absent, Found::Absent) if in_range => None,
-        (Found::Absent, Found::Absent) => return Verdict::PassedOther,
-    };
+        (Found::Absent, Found::Absent) if !in_range => return Verdict::PassedOther,
+        _ => {}
+    }
     if facts.agent {
         // The agent has no business with a virtual address: it would call itself.
         return if in_range {
@@ -133,7 +143,7 @@ pub const fn decide(facts: &Facts) -> Verdict {
             Verdict::PassedAgent
         };
     }
-    match (target, &facts.address) {
+    match (facts.target(), &facts.address) {
         (Some(target), _) if target.reachable == 0 => Verdict::RefusedNoEndpoint,
         (Some(_), _) if facts.listener.0 == 0 => Verdict::RefusedNetns,
         (Some(_), _) => Verdict::Captured,

@@ -21,12 +21,12 @@ mod user;
 pub use address::{Address, PortBe};
 pub use decision::{Class, Facts, Found, Ranges, classify, decide, loopback_spread};
 pub use maps::{
-    Config, FlowKey, KnownAddress, ListenerKey, Origin, Refusal, Role, VipKey, VipValue,
+    Config, FlowKey, KnownAddress, ListenerKey, Origin, Refusal, Role, Target, VipKey, VipValue,
 };
 pub use verdict::{FlowEvent, Verdict};
 
 /// Raised with every change of a layout or of its meaning; programs refuse VIPs if it differs.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// How many slots the per-CPU counter map has: verdicts first, then flow events.
 pub const COUNTERS: u32 = 32;

@@ -35,16 +35,42 @@ impl VipKey {
     }
 }
 
-/// Value of the map `VIPS`: whose address it is.
+/// Which service answers at a virtual address. Part of the values of `VIPS` and `ADDRESSES`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct VipValue {
+pub struct Target {
     /// The service, by a number that follows from its name.
     pub service: u64,
     /// 1 if the service has an instance that may be called, 0 if not.
     pub reachable: u32,
     /// Zero.
     pub zero: u32,
+}
+
+impl Target {
+    /// The service with this number.
+    #[inline(always)]
+    pub const fn new(service: u64, reachable: bool) -> Self {
+        Self {
+            service,
+            reachable: reachable as u32,
+            zero: 0,
+        }
+    }
+
+    /// Seals the content, beginning from what seals the key.
+    #[inline(always)]
+    const fn seal(&self, state: u64) -> u64 {
+        mix(mix(state, self.service), self.reachable as u64)
+    }
+}
+
+/// Value of the map `VIPS`: whose address and port it is.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct VipValue {
+    /// Which service answers.
+    pub target: Target,
     /// Seals key and content.
     pub check: u64,
 }
@@ -52,49 +78,67 @@ pub struct VipValue {
 impl VipValue {
     /// A value sealed for `key`.
     #[inline(always)]
-    pub const fn new(key: &VipKey, service: u64, reachable: bool) -> Self {
-        let reachable = reachable as u32;
+    pub const fn new(key: &VipKey, target: Target) -> Self {
         Self {
-            service,
-            reachable,
-            zero: 0,
-            check: Self::seal(key, service, reachable),
+            target,
+            check: target.seal(key.digest()),
         }
     }
 
     /// Whether this value was written for `key` and is whole.
     #[inline(always)]
     pub const fn is_for(&self, key: &VipKey) -> bool {
-        self.check == Self::seal(key, self.service, self.reachable)
-    }
-
-    #[inline(always)]
-    const fn seal(key: &VipKey, service: u64, reachable: u32) -> u64 {
-        mix(mix(key.digest(), service), reachable as u64)
+        self.check == self.target.seal(key.digest())
     }
 }
 
-/// Value of the map `ADDRESSES`: the address belongs to the mesh, on whatever port.
+/// Value of the map `ADDRESSES`: the address belongs to the mesh, on whatever port. Looked up only where `VIPS` has
+/// no entry for address and port: an exact entry wins.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct KnownAddress {
-    /// Seals the key.
+    /// Which service answers at every port; zeros if none does.
+    pub target: Target,
+    /// 1 if `target` answers at every port, 0 if only the ports in `VIPS` answer.
+    pub any_port: u32,
+    /// Zero.
+    pub zero: u32,
+    /// Seals key and content.
     pub check: u64,
 }
 
 impl KnownAddress {
-    /// A value sealed for `address`.
+    /// A value sealed for `address`, of which only the ports in `VIPS` answer.
     #[inline(always)]
-    pub const fn new(address: &Address) -> Self {
+    pub const fn listed_ports(address: &Address) -> Self {
+        Self::sealed(address, Target::new(0, false), 0)
+    }
+
+    /// A value sealed for `address`, of which every port answers.
+    #[inline(always)]
+    pub const fn any_port(address: &Address, target: Target) -> Self {
+        Self::sealed(address, target, 1)
+    }
+
+    #[inline(always)]
+    const fn sealed(address: &Address, target: Target, any_port: u32) -> Self {
         Self {
-            check: digest_of(address),
+            target,
+            any_port,
+            zero: 0,
+            check: Self::seal(address, &target, any_port),
         }
     }
 
-    /// Whether this value was written for `address`.
+    /// Whether this value was written for `address` and is whole.
     #[inline(always)]
     pub const fn is_for(&self, address: &Address) -> bool {
-        self.check == digest_of(address)
+        self.check == Self::seal(address, &self.target, self.any_port)
+    }
+
+    #[inline(always)]
+    const fn seal(address: &Address, target: &Target, any_port: u32) -> u64 {
+        target.seal(mix(digest_of(address), any_port as u64))
     }
 }
 
@@ -280,7 +324,8 @@ assert_layout! {
     Address: 16, 4;
     VipKey: 20, 4;
     VipValue: 24, 8;
-    KnownAddress: 8, 8;
+    Target: 16, 8;
+    KnownAddress: 32, 8;
     ListenerKey: 16, 8;
     FlowKey: 48, 8;
     Origin: 104, 8;

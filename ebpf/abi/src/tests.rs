@@ -9,7 +9,7 @@ use std::{
 use proptest::prelude::*;
 
 use crate::{
-    Address, Class, Facts, FlowEvent, Found, KnownAddress, PortBe, Ranges, Verdict, VipKey,
+    Address, Class, Facts, FlowEvent, Found, KnownAddress, PortBe, Ranges, Target, Verdict, VipKey,
     VipValue, classify, decide, loopback_spread,
 };
 
@@ -72,9 +72,11 @@ fn facts(class: Class) -> Facts {
 #[expect(clippy::too_many_lines, reason = "a table")]
 fn every_situation_has_its_verdict() {
     let key = VipKey::new(address("240.0.0.5"), PortBe::from_host(80));
-    let vip = Found::Value(VipValue::new(&key, 1, true));
-    let sick = Found::Value(VipValue::new(&key, 1, false));
-    let known = Found::Value(KnownAddress::new(&key.address));
+    let vip = Found::Value(VipValue::new(&key, Target::new(1, true)));
+    let sick = Found::Value(VipValue::new(&key, Target::new(1, false)));
+    let known = Found::Value(KnownAddress::listed_ports(&key.address));
+    let any = Found::Value(KnownAddress::any_port(&key.address, Target::new(2, true)));
+    let sick_any = Found::Value(KnownAddress::any_port(&key.address, Target::new(2, false)));
     let listener = PortBe::from_host(15_001);
     let range = facts(Class::VipRange);
     let other = facts(Class::Other);
@@ -117,6 +119,55 @@ fn every_situation_has_its_verdict() {
                 ..other
             },
             Verdict::RefusedUnknownPort,
+        ),
+        (
+            Facts {
+                address: any,
+                listener,
+                ..range
+            },
+            Verdict::Captured,
+        ),
+        (
+            Facts {
+                address: any,
+                listener,
+                ..other
+            },
+            Verdict::Captured,
+        ),
+        (
+            Facts {
+                address: any,
+                ..other
+            },
+            Verdict::RefusedNetns,
+        ),
+        (
+            Facts {
+                address: sick_any,
+                listener,
+                ..other
+            },
+            Verdict::RefusedNoEndpoint,
+        ),
+        (
+            Facts {
+                vip: sick,
+                address: any,
+                listener,
+                ..range
+            },
+            Verdict::RefusedNoEndpoint,
+        ),
+        (
+            Facts {
+                agent: true,
+                address: any,
+                listener,
+                ..range
+            },
+            Verdict::RefusedAgent,
         ),
         (range, Verdict::RefusedUnknownVip),
         (other, Verdict::PassedOther),
@@ -267,15 +318,68 @@ proptest! {
     }
 
     #[test]
-    fn a_value_of_another_key_is_not_taken(a: u32, b: u32, port: u16, other_port: u16, service: u64) {
+    fn a_value_of_another_key_is_not_taken(a: u32, b: u32, port: u16, other_port: u16, target in target()) {
         let key = |bits: u32, port| {
             VipKey::new(Address::from_v4_word(bits), PortBe::from_host(port))
         };
         let (one, other) = (key(a, port), key(b, other_port));
-        let value = VipValue::new(&one, service, true);
+        let value = VipValue::new(&one, target);
         prop_assert!(value.is_for(&one));
         prop_assert!(one == other || !value.is_for(&other));
-        let torn = VipValue { service: service.wrapping_add(1), ..value };
-        prop_assert!(!torn.is_for(&one));
+        for torn in torn(target) {
+            let value = VipValue { target: torn, ..value };
+            prop_assert!(!value.is_for(&one));
+        }
     }
+
+    #[test]
+    fn an_address_is_not_taken_for_another(a: u32, b: u32, target in target()) {
+        let (one, other) = (Address::from_v4_word(a), Address::from_v4_word(b));
+        for value in [KnownAddress::listed_ports(&one), KnownAddress::any_port(&one, target)] {
+            prop_assert!(value.is_for(&one));
+            prop_assert!(one == other || !value.is_for(&other));
+            let other_kind = KnownAddress { any_port: 1 - value.any_port, ..value };
+            prop_assert!(!other_kind.is_for(&one));
+            for torn in torn(value.target) {
+                let value = KnownAddress { target: torn, ..value };
+                prop_assert!(!value.is_for(&one));
+            }
+        }
+        prop_assert!(!KnownAddress::default().is_for(&one));
+    }
+
+    #[test]
+    fn an_entry_of_the_port_wins_over_one_of_every_port(
+        bits: u32, port: u16, exact in target(), any in target(), is_listed: bool, has_any_port: bool,
+    ) {
+        let key = VipKey::new(Address::from_v4_word(bits), PortBe::from_host(port));
+        let address = if has_any_port {
+            KnownAddress::any_port(&key.address, any)
+        } else {
+            KnownAddress::listed_ports(&key.address)
+        };
+        let vip = if is_listed { Found::Value(VipValue::new(&key, exact)) } else { Found::Absent };
+        let facts = Facts { vip, address: Found::Value(address), ..facts(Class::Other) };
+        let expected = if is_listed { Some(exact) } else { has_any_port.then_some(any) };
+        prop_assert_eq!(facts.target(), expected);
+        // Without a listener nothing is captured, and what belongs to the mesh is never passed.
+        prop_assert!(decide(&facts).is_refusal());
+    }
+}
+
+fn target() -> impl Strategy<Value = Target> {
+    any::<(u64, bool)>().prop_map(|(service, reachable)| Target::new(service, reachable))
+}
+
+/// As a reader may find it while it is written.
+fn torn(target: Target) -> [Target; 2] {
+    let service = target.service.wrapping_add(1);
+    let reachable = 1 - target.reachable;
+    [
+        Target { service, ..target },
+        Target {
+            reachable,
+            ..target
+        },
+    ]
 }

@@ -5,8 +5,8 @@
 
 use aya_ebpf::helpers::generated::{bpf_get_current_ancestor_cgroup_id, bpf_ktime_get_ns};
 use sidestep_abi::{
-    ABI_VERSION, Address, Class, Config, Facts, Found, ListenerKey, Origin, PortBe, Role, Verdict,
-    VipKey, VipValue, classify, decide, loopback_spread,
+    ABI_VERSION, Address, Class, Config, Facts, Found, ListenerKey, Origin, PortBe, Role, Target, Verdict,
+    VipKey, classify, decide, loopback_spread,
 };
 
 use crate::{
@@ -40,8 +40,8 @@ pub fn handle(context: SockAddr, destination: Address) -> Step {
     let facts = look_up(context, &destination, port);
     let mut verdict = decide(&facts);
     let mut rewritten = Address::default();
-    match (verdict, facts.vip) {
-        (Verdict::Captured, Found::Value(target)) => {
+    match (verdict, facts.target()) {
+        (Verdict::Captured, Some(target)) => {
             match capture(context, &destination, port, &target, facts.listener) {
                 Ok(address) => rewritten = address,
                 Err(refusal) => verdict = refusal,
@@ -88,12 +88,11 @@ fn look_up(context: SockAddr, destination: &Address, port: PortBe) -> Facts {
         return facts;
     }
     facts.vip = maps::vip(&VipKey::new(*destination, port));
-    match facts.vip {
-        Found::Value(_) => {
-            facts.listener = maps::listener(&ListenerKey::new(context.netns(), destination))
-        }
-        Found::Absent => facts.address = maps::address(destination),
-        Found::Torn => {}
+    if matches!(facts.vip, Found::Absent) {
+        facts.address = maps::address(destination);
+    }
+    if facts.target().is_some() {
+        facts.listener = maps::listener(&ListenerKey::new(context.netns(), destination));
     }
     let is_ours = matches!(facts.class, Class::VipRange)
         || !matches!((facts.vip, facts.address), (Found::Absent, Found::Absent));
@@ -115,7 +114,7 @@ fn capture(
     context: SockAddr,
     destination: &Address,
     port: PortBe,
-    target: &VipValue,
+    target: &Target,
     listener: PortBe,
 ) -> Result<Address, Verdict> {
     let Some(socket) = context.socket() else {

@@ -28,7 +28,7 @@ static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 static VIPS: HashMap<VipKey, VipValue> =
     HashMap::with_max_entries(SIZED_BY_AGENT, BPF_F_NO_PREALLOC);
 
-/// Which addresses are virtual, on whatever port. Written by the agent alone.
+/// Which addresses are virtual, and who answers at the ports that `VIPS` does not have. Written by the agent alone.
 #[map]
 static ADDRESSES: HashMap<Address, KnownAddress> =
     HashMap::with_max_entries(SIZED_BY_AGENT, BPF_F_NO_PREALLOC);

@@ -22,7 +22,7 @@ use std::{
 
 use self::content::{Content, Registered};
 use super::model::{
-    InstanceId, Intention, IntentionMatch, NodeName, Service, ServiceName, Snapshot,
+    InstanceId, Intention, IntentionMatch, NodeName, Ports, Service, ServiceName, Snapshot,
 };
 
 /// What a file may leave out.
@@ -247,7 +247,7 @@ impl Building {
             name,
             instances: self.instances,
             explicit_addresses: self.explicit_addresses,
-            ports,
+            ports: Ports::Listed(ports),
             defaults: self.defaults,
         }
     }

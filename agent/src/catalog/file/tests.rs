@@ -6,7 +6,7 @@ use tokio::sync::mpsc;
 
 use super::*;
 use crate::{
-    catalog::model::{Health, IntentionAction, Weights},
+    catalog::model::{Health, IntentionAction, Ports, Weights},
     lifecycle::Shutdown,
 };
 
@@ -82,7 +82,7 @@ fn a_definition_is_read_with_consuls_defaults() {
         (instance.health, instance.weights),
         (Health::Passing, Weights::default())
     );
-    assert_eq!(web.ports, BTreeSet::from([80]));
+    assert_eq!(web.ports, Ports::Listed(BTreeSet::from([80])));
 }
 
 #[test]
@@ -132,7 +132,7 @@ services = [
     );
     assert_eq!(
         db.ports,
-        BTreeSet::from([5433]),
+        Ports::Listed(BTreeSet::from([5433])),
         "a virtual port stands for the instance's"
     );
 }

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::catalog::model::{Service, ServiceDefaults};
+use crate::catalog::model::{Ports, Service, ServiceDefaults};
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
@@ -27,7 +27,7 @@ fn snapshot<'a>(services: impl IntoIterator<Item = (&'a str, Option<&'a str>)>) 
             name: name.clone(),
             instances: vec![],
             explicit_addresses: explicit.into_iter().map(|a| a.parse().unwrap()).collect(),
-            ports: BTreeSet::from([80]),
+            ports: Ports::Listed(BTreeSet::from([80])),
             defaults: ServiceDefaults::default(),
         };
         (name, service.into())
