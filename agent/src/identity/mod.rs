@@ -12,6 +12,7 @@ pub mod certificates;
 pub mod workload_tls;
 pub mod verify;
 pub mod provider;
+pub mod pem;
 pub mod ca;
 pub mod clock;
 

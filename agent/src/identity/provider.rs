@@ -1,7 +1,7 @@
 //! What issues certificates: the seam between [`super::certificates`] and an authority.
 //!
-//! The built-in [`super::ca`] is one; a Consul cluster will be another. A provider only issues and tells
-//! the roots; keeping, renewing and retrying is the caller's.
+//! The built-in [`super::ca`] is one, Consul's [`super::consul_ca`] another. A provider issues, tells the roots, and
+//! says so if it renews by itself; keeping, checking and retrying is the caller's.
 
 use std::{
     fmt,
@@ -32,6 +32,19 @@ pub trait CertificateProvider: fmt::Debug + Send + Sync + 'static {
 
     /// Whom to trust and who issues, now and after each rotation.
     fn trust(&self) -> watch::Receiver<Trust>;
+
+    /// Ends when the authority has another leaf for `identity` than `in_use`, so that issuing gives that one.
+    ///
+    /// For authorities that renew by themselves. The default is that of one which does not: it never ends. What makes
+    /// it fail is the authority's to wait out and log. Cancel-safe.
+    fn renewed<'a>(
+        &'a self,
+        identity: &'a SpiffeId,
+        in_use: &'a CertificateDer<'static>,
+    ) -> BoxFuture<'a, ()> {
+        let (_identity, _in_use) = (identity, in_use);
+        Box::pin(std::future::pending())
+    }
 }
 
 /// What an authority stands for at one moment.
@@ -172,6 +185,12 @@ pub enum IssueError {
     Timeout {
         /// How long it was waited for.
         after: Duration,
+    },
+    /// The authority gives out the leaf in use, which should have been replaced by now.
+    #[error("the authority still gives the certificate that expires at {}", Timestamp::from(*not_after))]
+    NotRenewed {
+        /// When that is.
+        not_after: time::OffsetDateTime,
     },
     /// What was issued is for somebody else, or not as peers want it.
     #[error("peers would not accept the issued certificate")]

@@ -13,7 +13,7 @@ use rustls::{
     server::{NoServerSessionStorage, danger::ClientCertVerifier as _},
     sign::{CertifiedKey, SingleCertAndKey},
 };
-use rustls_pki_types::{ServerName, UnixTime};
+use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 
 use super::{
     clock::{Clock, TlsClock},
@@ -156,6 +156,11 @@ impl WorkloadTls {
     /// Whose certificate this is.
     pub fn identity(&self) -> &SpiffeId {
         &self.identity
+    }
+
+    /// The certificate itself, without what leads to a root.
+    pub(crate) fn leaf(&self) -> Option<&CertificateDer<'static>> {
+        self.certified.cert.first()
     }
 
     /// From when the certificate is valid.

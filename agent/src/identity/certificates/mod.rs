@@ -1,14 +1,15 @@
 //! The certificates of this node's services: issued on first use, renewed in time, kept in memory.
 //!
 //! Each identity has one task, its keeper, which is the only one that asks the [`CertificateProvider`].
-//! Callers read what the keeper published. A leaf that could not be renewed serves until it expires; after
-//! that [`Certificates::for_identity`] is an error, and there is no other way to open a tunnel.
+//! Callers read what the keeper published. An authority that renews by itself says so, and its schedule is the
+//! keeper's safety net. A leaf that could not be renewed serves until it expires; after that [`Certificates::for_identity`] is an error, and there is no other way to open a tunnel.
 
 mod schedule;
 
 use std::{
     collections::HashMap,
     fmt,
+    future::pending,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -23,7 +24,7 @@ pub use schedule::Jitter;
 
 use super::{
     clock::Clock,
-    provider::{CertificateProvider, IssueError, Trust, TrustBundle},
+    provider::{BoxFuture, CertificateProvider, IssueError, Trust, TrustBundle},
     spiffe::SpiffeId,
     workload_tls::WorkloadTls,
 };
@@ -38,6 +39,9 @@ const ISSUE_DEADLINE: Duration = Duration::from_secs(10);
 /// The longest that a keeper sleeps before it reads the clock again: the time of day may have jumped, and
 /// the monotonic clock stands still while the machine is suspended.
 const LONGEST_SLEEP: Duration = Duration::from_mins(1);
+
+/// An authority that says it has another leaf, and gives the same one, is asked once in this time.
+const PAUSE_BEFORE_LISTENING: Duration = Duration::from_secs(1);
 
 /// The certificates in use on this node. Clones share them.
 #[derive(Clone)]
@@ -159,6 +163,7 @@ impl Certificates {
             issuer: 0,
             failures: 0,
             attempted_at: SystemTime::UNIX_EPOCH,
+            renewed: Box::pin(pending()),
         };
         // Not waited for when draining: it ends when everything that needs certificates has.
         self.shared
@@ -267,6 +272,8 @@ struct Keeper {
     failures: u32,
     /// When the last attempt began, by the clock of then.
     attempted_at: SystemTime,
+    /// Ends when the authority has another leaf than the one in use.
+    renewed: BoxFuture<'static, ()>,
 }
 
 impl Keeper {
@@ -277,11 +284,13 @@ impl Keeper {
             let wait = due
                 .duration_since(self.shared.clock.now())
                 .unwrap_or_default();
+            let mut is_renewed = false;
             tokio::select! {
                 // Shutdown first: nothing is issued once the agent ends.
                 biased;
                 () = self.shared.shutdown.stopped() => return,
                 () = self.publish.closed() => return,
+                () = &mut self.renewed => is_renewed = true,
                 changed = self.trust.changed(), if trust_live => {
                     // A provider that ended keeps its last roots; do not spin on it.
                     trust_live = changed.is_ok();
@@ -292,7 +301,7 @@ impl Keeper {
                 () = self.waker.notified() => {}
                 () = sleep(wait.min(LONGEST_SLEEP)) => {}
             }
-            if self.is_due(due) {
+            if is_renewed || self.is_due(due) {
                 due = self.renew().await;
             }
         }
@@ -314,49 +323,85 @@ impl Keeper {
     async fn renew(&mut self) -> SystemTime {
         let trust = self.trust.borrow_and_update().clone();
         self.attempted_at = self.shared.clock.now();
-        match self.issue(trust.roots).await {
-            Ok((tls, issuer)) => {
+        let issued = issue(&self.shared, &self.identity, trust.roots).await;
+        let issued = issued.and_then(|(tls, issuer)| {
+            let renew_at = self.next_renewal(&tls)?;
+            Ok((tls, issuer, renew_at))
+        });
+        // One whose leaf was refused has another leaf than the one in use already.
+        let listens = matches!(issued, Ok(_) | Err(IssueError::NotRenewed { .. }));
+        let due = match issued {
+            Ok((tls, issuer, renew_at)) => {
                 self.failures = 0;
                 self.issuer = trust.issuer;
-                let renew_at = schedule::renew_at(
-                    self.shared.clock.now(),
-                    tls.not_before(),
-                    tls.not_after(),
-                    &self.shared.jitter,
-                );
-                tracing::info!(
-                    identity = %self.identity,
-                    not_after = %Timestamp(tls.not_after()),
-                    issuer,
-                    "certificate issued"
-                );
-                self.publish.send_replace(Slot {
-                    current: Some(Arc::new(tls)),
-                    issuer: Some(issuer),
-                    renew_at: Some(renew_at),
-                    last_error: None,
-                });
+                self.install(tls, issuer, renew_at);
                 renew_at
             }
             Err(error) => self.failed(error),
+        };
+        self.renewed = if listens {
+            self.renewal()
+        } else {
+            Box::pin(pending())
+        };
+        due
+    }
+
+    /// When to ask next after the authority gave `tls`.
+    ///
+    /// # Errors
+    /// [`IssueError::NotRenewed`] if it is the leaf in use, and that should have been replaced.
+    fn next_renewal(&self, tls: &WorkloadTls) -> Result<SystemTime, IssueError> {
+        let now = self.shared.clock.now();
+        let (not_before, not_after) = (tls.not_before(), tls.not_after());
+        if !self.is_in_use(tls) {
+            let jitter = &self.shared.jitter;
+            return Ok(schedule::renew_at(now, not_before, not_after, jitter));
+        }
+        let overdue_at = schedule::overdue_at(not_before, not_after);
+        if now < overdue_at {
+            Ok(overdue_at)
+        } else {
+            let not_after = not_after.into();
+            Err(IssueError::NotRenewed { not_after })
         }
     }
 
-    /// A leaf under these roots, and who signed it.
-    async fn issue(&self, roots: Arc<TrustBundle>) -> Result<(WorkloadTls, String), IssueError> {
-        let leaf = timeout(ISSUE_DEADLINE, self.shared.provider.issue(&self.identity))
-            .await
-            .unwrap_or(Err(IssueError::Timeout {
-                after: ISSUE_DEADLINE,
-            }))?;
-        WorkloadTls::new(
-            self.identity.clone(),
-            &leaf,
-            roots,
-            Arc::clone(&self.shared.clock),
-        )
-        .map(|tls| (tls, leaf.issuer))
-        .map_err(IssueError::unusable)
+    fn is_in_use(&self, tls: &WorkloadTls) -> bool {
+        let slot = self.publish.borrow();
+        let current = slot.current.as_ref();
+        current.is_some_and(|current| current.leaf() == tls.leaf())
+    }
+
+    fn install(&self, tls: WorkloadTls, issuer: String, renew_at: SystemTime) {
+        if !self.is_in_use(&tls) {
+            tracing::info!(
+                identity = %self.identity,
+                not_after = %Timestamp(tls.not_after()),
+                issuer,
+                "certificate issued"
+            );
+        }
+        self.publish.send_replace(Slot {
+            current: Some(Arc::new(tls)),
+            issuer: Some(issuer),
+            renew_at: Some(renew_at),
+            last_error: None,
+        });
+    }
+
+    /// Ends when the authority has another leaf than the one in use.
+    fn renewal(&self) -> BoxFuture<'static, ()> {
+        let slot = self.publish.borrow();
+        let Some(in_use) = slot.current.as_ref().and_then(|tls| tls.leaf().cloned()) else {
+            return Box::pin(pending());
+        };
+        drop(slot);
+        let (provider, identity) = (Arc::clone(&self.shared.provider), self.identity.clone());
+        Box::pin(async move {
+            sleep(PAUSE_BEFORE_LISTENING).await;
+            provider.renewed(&identity, &in_use).await;
+        })
     }
 
     fn failed(&mut self, error: IssueError) -> SystemTime {
@@ -369,19 +414,26 @@ impl Keeper {
             .as_ref()
             .map(|tls| tls.not_after().duration_since(now).unwrap_or_default());
         let wait = schedule::retry_after(self.failures, left, &self.shared.jitter);
-        tracing::warn!(
-            identity = %self.identity,
-            error = %chain(&error),
-            attempts = self.failures,
-            retry_ms = wait.as_millis(),
-            "certificate not issued"
-        );
+        let (identity, attempts, retry_ms) = (&self.identity, self.failures, wait.as_millis());
+        let cause = chain(&error).to_string();
+        if self.is_overdue(now) {
+            tracing::error!(%identity, error = cause, attempts, retry_ms, "certificate runs out");
+        } else {
+            tracing::warn!(%identity, error = cause, attempts, retry_ms, "certificate not issued");
+        }
         let due = now + wait;
         self.publish.send_modify(|slot| {
             slot.renew_at = Some(due);
             slot.last_error = Some(Arc::new(error));
         });
         due
+    }
+
+    /// Whether the leaf in use should have been replaced by now.
+    fn is_overdue(&self, now: SystemTime) -> bool {
+        let slot = self.publish.borrow();
+        let current = slot.current.as_ref();
+        current.is_some_and(|tls| now >= schedule::overdue_at(tls.not_before(), tls.not_after()))
     }
 
     /// Takes over what the provider changed. Returns when the next attempt is due.
@@ -420,6 +472,22 @@ impl Keeper {
             }
         }
     }
+}
+
+/// A leaf under these roots, and who signed it.
+async fn issue(
+    shared: &Shared,
+    identity: &SpiffeId,
+    roots: Arc<TrustBundle>,
+) -> Result<(WorkloadTls, String), IssueError> {
+    let leaf = timeout(ISSUE_DEADLINE, shared.provider.issue(identity))
+        .await
+        .unwrap_or(Err(IssueError::Timeout {
+            after: ISSUE_DEADLINE,
+        }))?;
+    WorkloadTls::new(identity.clone(), &leaf, roots, Arc::clone(&shared.clock))
+        .map(|tls| (tls, leaf.issuer))
+        .map_err(IssueError::unusable)
 }
 
 #[cfg(test)]

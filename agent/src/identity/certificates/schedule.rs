@@ -41,6 +41,12 @@ pub(super) fn renew_at(
     (not_before + life.mul_f64(part)).max(soonest)
 }
 
+/// By when a leaf should have been replaced, whoever does it.
+pub(super) fn overdue_at(not_before: SystemTime, not_after: SystemTime) -> SystemTime {
+    let life = not_after.duration_since(not_before).unwrap_or_default();
+    not_before + life.mul_f64(RENEW_UNTIL)
+}
+
 /// How long to wait before a leaf that is still good is renewed because another authority issues now.
 pub(super) fn after_rotation(jitter: &Jitter) -> Duration {
     ROTATION_SPREAD.mul_f64(jitter.draw())

@@ -2,11 +2,13 @@
 
 use std::{
     path::Path,
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use tempfile::{TempDir, tempdir};
 use tokio::time::Instant;
+use zeroize::Zeroizing;
 
 use super::*;
 use crate::identity::{
@@ -21,6 +23,7 @@ use crate::identity::{
 enum Mode {
     Works,
     TakesOneSecond,
+    GivesTheSameAgain,
     Fails,
     Hangs,
     NamesSomebodyElse,
@@ -36,6 +39,22 @@ struct Moody {
     mode: Mutex<Mode>,
     attempts: AtomicUsize,
     trust: watch::Sender<Trust>,
+    /// What it gave last, and gives again if told to.
+    given: Mutex<HashMap<SpiffeId, Given>>,
+    /// How often it renewed by itself; leaves of before are told from leaves of after by it.
+    renewals: watch::Sender<usize>,
+    /// It says that it renewed whatever is in use.
+    contradicts_itself: AtomicBool,
+}
+
+/// The parts of a leaf.
+#[derive(Debug)]
+struct Given {
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+    valid: (SystemTime, SystemTime),
+    /// [`Moody::renewals`] of then.
+    renewals: usize,
 }
 
 impl Moody {
@@ -45,6 +64,37 @@ impl Moody {
 
     fn set_roots(&self, roots: Arc<TrustBundle>) {
         self.trust.send_modify(|trust| trust.roots = roots);
+    }
+
+    /// As an authority that makes a new leaf without being asked.
+    fn renew_by_itself(&self) {
+        self.renewals.send_modify(|renewals| *renewals += 1);
+    }
+
+    async fn made(&self, identity: &SpiffeId) -> Result<Leaf, IssueError> {
+        let leaf = self.ca.issue(identity).await?;
+        let given = Given {
+            chain: leaf.chain.clone(),
+            key: leaf.key.clone_key(),
+            valid: (leaf.not_before, leaf.not_after),
+            renewals: *self.renewals.borrow(),
+        };
+        self.given.lock().insert(identity.clone(), given);
+        Ok(leaf)
+    }
+
+    fn same_again(&self, identity: &SpiffeId) -> Option<Leaf> {
+        let given = self.given.lock();
+        let given = given
+            .get(identity)
+            .filter(|given| given.renewals == *self.renewals.borrow())?;
+        Some(Leaf {
+            chain: given.chain.clone(),
+            key: Zeroizing::new(given.key.clone_key()),
+            not_before: given.valid.0,
+            not_after: given.valid.1,
+            issuer: "the same".to_owned(),
+        })
     }
 
     fn attempts(&self) -> usize {
@@ -62,7 +112,11 @@ impl CertificateProvider for Moody {
         };
         Box::pin(async move {
             match mode {
-                Mode::Works => self.ca.issue(identity).await,
+                Mode::Works => self.made(identity).await,
+                Mode::GivesTheSameAgain => match self.same_again(identity) {
+                    Some(leaf) => Ok(leaf),
+                    None => self.made(identity).await,
+                },
                 Mode::TakesOneSecond => {
                     sleep(Duration::from_secs(1)).await;
                     self.ca.issue(identity).await
@@ -71,7 +125,7 @@ impl CertificateProvider for Moody {
                     identity: identity.clone(),
                     trust_domain: trust_domain(),
                 }),
-                Mode::Hangs => std::future::pending().await,
+                Mode::Hangs => pending().await,
                 Mode::NamesSomebodyElse => self.ca.issue(&id("somebody-else")).await,
             }
         })
@@ -79,6 +133,24 @@ impl CertificateProvider for Moody {
 
     fn trust(&self) -> watch::Receiver<Trust> {
         self.trust.subscribe()
+    }
+
+    fn renewed<'a>(
+        &'a self,
+        identity: &'a SpiffeId,
+        in_use: &'a CertificateDer<'static>,
+    ) -> BoxFuture<'a, ()> {
+        let given_at = {
+            let given = self.given.lock();
+            let contradicts_itself = self.contradicts_itself.load(Ordering::Relaxed);
+            let is_given = |g: &&Given| g.chain.first() == Some(in_use) && !contradicts_itself;
+            let given = given.get(identity).filter(is_given);
+            given.map(|given| given.renewals)
+        };
+        let mut renewals = self.renewals.subscribe();
+        Box::pin(async move {
+            drop(renewals.wait_for(|now| Some(*now) != given_at).await);
+        })
     }
 }
 
@@ -121,6 +193,9 @@ impl Scene {
             mode: Mutex::new(mode),
             attempts: AtomicUsize::new(0),
             trust: watch::Sender::new(trust),
+            given: Mutex::default(),
+            renewals: watch::Sender::new(0),
+            contradicts_itself: AtomicBool::new(false),
         });
         let shutdown = Shutdown::default();
         let certificates = Certificates::new(
@@ -464,4 +539,84 @@ async fn keepers_end_with_the_agent() {
     scene.web().await.unwrap();
     sleep(DAY).await;
     assert_eq!(scene.provider.attempts(), 1, "nothing is renewed any more");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_leaf_that_the_authority_renewed_is_in_use_within_seconds() {
+    let scene = Scene::new(Mode::GivesTheSameAgain);
+    let mut current = scene.web().await.unwrap();
+    for renewal in 1..=3 {
+        sleep(Duration::from_hours(1)).await;
+        assert_eq!(scene.provider.attempts(), renewal, "nothing to ask for");
+        scene.provider.renew_by_itself();
+        sleep(Duration::from_millis(1)).await;
+        let next = scene.web().await.unwrap();
+        assert!(next.not_after() > current.not_after());
+        current = next;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_authority_that_says_renewed_and_gives_the_same_is_asked_once_a_second() {
+    let scene = Scene::new(Mode::GivesTheSameAgain);
+    let before = scene.web().await.unwrap();
+    // It takes the leaf in use for none of its own from now on.
+    scene
+        .provider
+        .contradicts_itself
+        .store(true, Ordering::Relaxed);
+    scene.provider.renew_by_itself();
+    sleep(Duration::from_millis(1500)).await;
+    let attempts = scene.provider.attempts();
+    sleep(Duration::from_mins(1)).await;
+    let more = scene.provider.attempts() - attempts;
+    assert!((55..=61).contains(&more), "{more} in a minute");
+    assert!(scene.web().await.unwrap().not_after() >= before.not_after());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_authority_that_does_not_renew_is_reported_from_90_percent_of_life_on() {
+    let scene = Scene::new(Mode::GivesTheSameAgain);
+    let leaf = scene.web().await.unwrap();
+    let life = leaf.not_after().duration_since(leaf.not_before()).unwrap();
+    let overdue = leaf.not_before() + life.mul_f64(0.9);
+    let before = overdue - Duration::from_secs(1);
+    sleep(before.duration_since(scene.clock.now()).unwrap()).await;
+    assert_eq!(scene.status().last_error.map(|e| e.to_string()), None);
+    assert!(scene.provider.attempts() <= 2, "once before");
+
+    sleep(Duration::from_secs(3)).await;
+    let error = scene.status().last_error.unwrap();
+    assert!(matches!(*error, IssueError::NotRenewed { .. }), "{error:?}");
+    assert_eq!(scene.web().await.unwrap().not_after(), leaf.not_after());
+
+    // Asked on the way to the end, and heard when it renews after all.
+    let attempts = scene.provider.attempts();
+    sleep(Duration::from_mins(30)).await;
+    assert!((5..=15).contains(&(scene.provider.attempts() - attempts)));
+    scene.provider.renew_by_itself();
+    sleep(Duration::from_millis(1)).await;
+    assert!(scene.web().await.unwrap().not_after() > leaf.not_after());
+    assert!(scene.status().last_error.is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_renewed_leaf_that_is_refused_is_asked_for_with_back_off_and_the_old_one_serves() {
+    let scene = Scene::new(Mode::GivesTheSameAgain);
+    let before = scene.web().await.unwrap();
+    sleep(Duration::from_secs(2)).await;
+    scene.provider.set(Mode::NamesSomebodyElse);
+    scene.provider.renew_by_itself();
+    sleep(Duration::from_mins(10)).await;
+    let attempts = scene.provider.attempts();
+    assert!((5..=20).contains(&attempts), "{attempts}");
+    let error = scene.status().last_error.unwrap();
+    assert!(
+        matches!(*error, IssueError::NotAcceptable { .. }),
+        "{error:?}"
+    );
+    assert_eq!(scene.web().await.unwrap().not_after(), before.not_after());
+    scene.provider.set(Mode::Works);
+    sleep(Duration::from_mins(5)).await;
+    assert!(scene.web().await.unwrap().not_after() > before.not_after());
 }
