@@ -144,27 +144,36 @@ impl Inbound {
         record.peer(peer);
         let outcome = tokio::select! {
             biased;
-            () = self.shutdown.forced() => Outcome::Cut(DRAINED.to_owned()),
+            () = self.shutdown.forced() => Some(Outcome::Cut(DRAINED.to_owned())),
             outcome = self.carry_recorded(stream, port, unproven, &mut record) => outcome,
         };
-        record.finish(outcome);
+        match outcome {
+            Some(outcome) => record.finish(outcome),
+            None => record.discard(),
+        }
     }
 
+    /// `None` if there is nothing to carry: a TCP health check connects and leaves, every few seconds and by intent.
     async fn carry_recorded(
         &self,
         stream: TcpStream,
         port: u16,
         unproven: Unproven,
         record: &mut ConnectionRecord,
-    ) -> Outcome {
+    ) -> Option<Outcome> {
         let settings = **self.settings.load();
-        let (target, source, mut downstream) = match self
-            .handshake(stream, port, settings.handshake_timeout, record)
-            .await
-        {
-            Ok(done) => done,
-            Err(outcome) => return outcome,
+        let deadline = tokio::time::Instant::now() + settings.handshake_timeout;
+        record.enter(Stage::Handshake);
+        let incoming = match Incoming::read_hello(stream, deadline).await {
+            Ok(incoming) => incoming,
+            Err(TunnelError::Silent) => return None,
+            Err(error) => return Some(handshake_failed(error)),
         };
+        let (target, source, mut downstream) =
+            match self.handshake(incoming, port, deadline, record).await {
+                Ok(done) => done,
+                Err(outcome) => return Some(outcome),
+            };
         drop(unproven);
         record.source(&source, &source.service);
 
@@ -189,22 +198,17 @@ impl Inbound {
         if !matches!(outcome, Outcome::Completed) {
             downstream.abort();
         }
-        outcome
+        Some(outcome)
     }
 
     /// Step 8: who is there, proved by a certificate, and which instance is meant.
     async fn handshake(
         &self,
-        stream: TcpStream,
+        incoming: Incoming,
         port: u16,
-        limit: Duration,
+        deadline: tokio::time::Instant,
         record: &mut ConnectionRecord,
     ) -> Result<(Arc<Target>, SpiffeId, TunnelStream), Outcome> {
-        let deadline = tokio::time::Instant::now() + limit;
-        record.enter(Stage::Handshake);
-        let incoming = Incoming::read_hello(stream, deadline)
-            .await
-            .map_err(handshake_failed)?;
         record.enter(Stage::Route);
         let name = incoming.server_name();
         let target = match self.targets.load().choose(port, name.as_deref()) {
@@ -319,3 +323,6 @@ fn handshake_failed(error: TunnelError) -> Outcome {
         error: chain(&error).to_string(),
     }
 }
+
+#[cfg(test)]
+mod tests;
