@@ -169,11 +169,12 @@ impl Inbound {
             Err(TunnelError::Silent) => return None,
             Err(error) => return Some(handshake_failed(error)),
         };
-        let (target, source, mut downstream) =
-            match self.handshake(incoming, port, deadline, record).await {
-                Ok(done) => done,
-                Err(outcome) => return Some(outcome),
-            };
+        // Boxed: what a handshake needs is not kept for the life of the connection.
+        let handshake = Box::pin(self.handshake(incoming, port, deadline, record));
+        let (target, source, mut downstream) = match handshake.await {
+            Ok(done) => done,
+            Err(outcome) => return Some(outcome),
+        };
         drop(unproven);
         record.source(&source, &source.service);
 

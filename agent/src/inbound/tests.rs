@@ -33,7 +33,7 @@ fn inbound(place: &Path, log: &Path) -> Arc<Inbound> {
     let (allocator, _damaged) = VipAllocator::new(pools, None, Duration::ZERO);
     let shutdown = Shutdown::default();
     let clock = Arc::new(SystemClock);
-    let ca = Arc::new(builtin_ca(place, DAY, Arc::clone(&clock) as _));
+    let ca = Arc::new(builtin_ca(place, DAY, Arc::<SystemClock>::clone(&clock)));
     Arc::new(Inbound {
         catalog: Arc::new(CatalogStore::new(allocator)),
         targets: arc_swap::ArcSwap::default(),
