@@ -13,6 +13,7 @@ pub mod connections;
 pub mod identity;
 pub mod policy;
 pub mod catalog;
+pub mod consul;
 pub mod datapath;
 pub mod config;
 pub mod telemetry;

@@ -1,0 +1,1 @@
+//! The client against a scripted Consul and against the real one.
