@@ -4,9 +4,10 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
 
 use clap::Args;
 
-use super::{load_config, output};
+use super::{block_on, load_config, output};
 use crate::{
-    config::{Config, SourceConfig},
+    config::{Config, ConsulConfig, FilesConfig, SourceConfig},
+    consul::{Client, rights},
     datapath::probe::{self, Finding, Scope, Status},
     node,
     telemetry::{log::chain, timestamp::Timestamp},
@@ -29,7 +30,14 @@ pub(super) fn check(args: &CheckArgs) -> ExitCode {
         Err(code) => return code,
     };
     let mut findings = probe::run(&config.as_ref().map(scope).unwrap_or_default());
-    findings.extend(config.as_ref().map(certificate_authority));
+    match config.as_ref().map(|config| &config.source) {
+        Some(SourceConfig::Files(files)) => findings.push(certificate_authority(files)),
+        Some(SourceConfig::Consul(consul)) => match block_on(consul_rights(consul)) {
+            Ok(found) => findings.extend(found),
+            Err(code) => return code,
+        },
+        None => {}
+    }
     let printed = if args.json {
         output::print_json(&findings)
     } else {
@@ -58,8 +66,7 @@ fn scope(config: &Config) -> Scope {
     }
 }
 
-fn certificate_authority(config: &Config) -> Finding {
-    let SourceConfig::Files(files) = &config.source;
+fn certificate_authority(files: &FilesConfig) -> Finding {
     let path = files.identity.ca.certificate.display();
     let (status, detail) = match node::builtin_ca(files) {
         Ok(ca) => {
@@ -74,6 +81,26 @@ fn certificate_authority(config: &Config) -> Finding {
         detail,
         advice: String::new(),
     }
+}
+
+/// Whether Consul answers, and with a token that may do what the agent needs.
+async fn consul_rights(consul: &ConsulConfig) -> Vec<Finding> {
+    let client = Client::new(consul.client.clone());
+    let found = rights::check(&client).await.into_iter();
+    found
+        .map(|right| Finding {
+            name: format!("Consul: {}", right.needed_for),
+            status: if right.problem.is_none() {
+                Status::Ok
+            } else if right.is_vital {
+                Status::Fail
+            } else {
+                Status::Warn
+            },
+            detail: right.problem.unwrap_or_else(|| right.rule.to_owned()),
+            advice: String::new(),
+        })
+        .collect()
 }
 
 fn render(findings: &[Finding]) -> String {

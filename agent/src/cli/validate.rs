@@ -20,7 +20,9 @@ pub(super) fn validate(path: &Path) -> ExitCode {
         Ok(config) => config,
         Err(code) => return code,
     };
-    let SourceConfig::Files(files) = &config.source;
+    let SourceConfig::Files(files) = &config.source else {
+        return output::print(&format!("{}: good\n", path.display()));
+    };
     let mut source = FileSource::new(files.directory.clone(), node::file_context(&config, files));
     let loaded = source.load();
     let mut wrong = false;

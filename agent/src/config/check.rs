@@ -18,13 +18,13 @@ use crate::{
 };
 
 /// Collects what is wrong.
-struct Checker<'a> {
+pub(super) struct Checker<'a> {
     merged: &'a Merged,
     problems: Vec<ConfigProblem>,
 }
 
 impl Checker<'_> {
-    fn problem(&mut self, key: impl Into<String>, message: impl Into<String>) {
+    pub(super) fn problem(&mut self, key: impl Into<String>, message: impl Into<String>) {
         let key = key.into();
         let file = self.merged.file_of(&key);
         self.problems.push(ConfigProblem {
@@ -34,13 +34,13 @@ impl Checker<'_> {
         });
     }
 
-    fn expect(&mut self, good: bool, key: &str, message: impl FnOnce() -> String) {
+    pub(super) fn expect(&mut self, good: bool, key: &str, message: impl FnOnce() -> String) {
         if !good {
             self.problem(key, message());
         }
     }
 
-    fn absolute(&mut self, key: &str, path: &Path) {
+    pub(super) fn absolute(&mut self, key: &str, path: &Path) {
         self.expect(path.is_absolute(), key, || {
             format!("{:?}: expected an absolute path", path.display())
         });
@@ -92,16 +92,20 @@ pub(super) fn check(raw: raw::Config, merged: &Merged) -> Result<Config, ConfigE
     }
     let capture = capture(c, raw.capture);
     let vip_quarantine = raw.catalog.vip_quarantine.0;
-    let source = files(
-        c,
-        FilesSource {
-            node: raw.node.name,
-            datacenter: raw.node.datacenter,
-            directory: raw.catalog.directory,
-            identity: raw.identity,
-            default_intention: raw.policy.default,
-        },
-    );
+    let files = FilesSource {
+        node: raw.node.name,
+        datacenter: raw.node.datacenter,
+        directory: raw.catalog.directory,
+        identity: raw.identity,
+        default_intention: raw.policy.default,
+    };
+    let source = match raw.consul {
+        Some(consul) => {
+            refuse_files(c, &files);
+            Some(SourceConfig::Consul(super::consul::check(c, consul)))
+        }
+        None => check_files(c, files).map(SourceConfig::Files),
+    };
     let workloads = workloads(c, raw.workload, &capture.cgroups);
     let tunnel = tunnel(c, &raw.tunnel, raw.node.address);
     c.expect(tunnel.port != capture.port, "tunnel.port", || {
@@ -129,7 +133,7 @@ pub(super) fn check(raw: raw::Config, merged: &Merged) -> Result<Config, ConfigE
             },
             capture,
             catalog: CatalogConfig { vip_quarantine },
-            source: SourceConfig::Files(source),
+            source,
             workloads,
             tunnel,
             limits,
@@ -153,7 +157,23 @@ struct FilesSource {
     default_intention: Option<IntentionAction>,
 }
 
-fn files(c: &mut Checker<'_>, raw: FilesSource) -> Option<FilesConfig> {
+/// With Consul, two could say what one must.
+fn refuse_files(c: &mut Checker<'_>, raw: &FilesSource) {
+    let given = [
+        ("node.name", raw.node.is_some()),
+        ("node.datacenter", raw.datacenter.is_some()),
+        ("catalog.directory", raw.directory.is_some()),
+        ("identity", raw.identity.is_some()),
+        ("policy.default", raw.default_intention.is_some()),
+    ];
+    for (key, is_given) in given {
+        c.expect(!is_given, key, || {
+            "expected not to be set beside [consul], which says it".to_owned()
+        });
+    }
+}
+
+fn check_files(c: &mut Checker<'_>, raw: FilesSource) -> Option<FilesConfig> {
     let node = node_name(c, raw.node);
     let datacenter = raw.datacenter.unwrap_or_else(|| "dc1".to_owned());
     check_datacenter(c, &datacenter);
@@ -163,7 +183,7 @@ fn files(c: &mut Checker<'_>, raw: FilesSource) -> Option<FilesConfig> {
     c.absolute("catalog.directory", &directory);
     let identity = raw.identity.map(|raw| identity(c, raw));
     c.expect(identity.is_some(), "identity", || {
-        "missing: expected [identity] with `trust_domain`, and [identity.ca]".to_owned()
+        "missing: expected [identity] with `trust_domain` and [identity.ca], or [consul]".to_owned()
     });
     Some(FilesConfig {
         node: node?,

@@ -4,6 +4,7 @@
 //! [`merge`] lays drop-ins over the main file and remembers who said what. `docs/configuration.md` is its reference.
 
 mod check;
+mod consul;
 mod merge;
 mod raw;
 #[cfg(test)]
@@ -22,6 +23,8 @@ use crate::{
     catalog::model::{InstanceId, IntentionAction, NodeName, ServiceName},
     identity::spiffe::TrustDomain,
 };
+
+pub use consul::ConsulConfig;
 
 pub use crate::telemetry::{access_log::Destination as AccessLog, log::LogFormat};
 
@@ -107,6 +110,8 @@ pub struct CatalogConfig {
 pub enum SourceConfig {
     /// A directory of files, with the built-in CA.
     Files(FilesConfig),
+    /// `[consul]`: Consul, which then also says the node's name, its datacenter and its trust domain.
+    Consul(ConsulConfig),
 }
 
 impl SourceConfig {
@@ -114,6 +119,7 @@ impl SourceConfig {
     pub fn files(&self) -> Option<&FilesConfig> {
         match self {
             Self::Files(files) => Some(files),
+            Self::Consul(_) => None,
         }
     }
 }
@@ -341,16 +347,23 @@ impl Config {
 
 impl SourceConfig {
     /// What of it only a restart changes, each with whether `new` differs in it.
-    fn needs_restart(&self, new: &Self) -> [(&'static str, bool); 3] {
-        let (Self::Files(old), Self::Files(new)) = (self, new);
-        let node = (&old.node, &old.datacenter) != (&new.node, &new.datacenter);
-        [
-            ("node.name or node.datacenter", node),
-            ("catalog.directory", old.directory != new.directory),
-            (
-                "identity.trust_domain",
-                old.identity.trust_domain != new.identity.trust_domain,
-            ),
-        ]
+    fn needs_restart(&self, new: &Self) -> Vec<(&'static str, bool)> {
+        match (self, new) {
+            (Self::Files(old), Self::Files(new)) => {
+                let node = (&old.node, &old.datacenter) != (&new.node, &new.datacenter);
+                vec![
+                    ("node.name or node.datacenter", node),
+                    ("catalog.directory", old.directory != new.directory),
+                    (
+                        "identity.trust_domain",
+                        old.identity.trust_domain != new.identity.trust_domain,
+                    ),
+                ]
+            }
+            (Self::Consul(old), Self::Consul(new)) => vec![("consul", old != new)],
+            (Self::Files(_), Self::Consul(_)) | (Self::Consul(_), Self::Files(_)) => {
+                vec![("consul", true)]
+            }
+        }
     }
 }

@@ -30,6 +30,7 @@ pub(super) struct Config {
     pub(super) capture: Capture,
     #[serde(default)]
     pub(super) catalog: Catalog,
+    pub(super) consul: Option<super::consul::RawConsul>,
     pub(super) identity: Option<Identity>,
     #[serde(default)]
     pub(super) policy: Policy,
@@ -345,9 +346,9 @@ fn ipv6_network<'de, D: Deserializer<'de>>(from: D) -> Result<Ipv6Net, D::Error>
 }
 
 /// Text with a meaning. Says what was expected in the operator's words; serde's are those of Rust.
-struct Text<T> {
-    expected: &'static str,
-    parse: fn(&str) -> Option<T>,
+pub(super) struct Text<T> {
+    pub(super) expected: &'static str,
+    pub(super) parse: fn(&str) -> Option<T>,
 }
 
 impl<T> Visitor<'_> for Text<T> {

@@ -9,6 +9,7 @@ pub mod connection;
 pub mod error;
 pub mod judge;
 pub mod position;
+pub mod rights;
 pub mod watch;
 pub mod answers;
 #[cfg(test)]
