@@ -6,6 +6,7 @@
 pub mod balance;
 pub mod listeners;
 mod steps;
+pub mod upstreams;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -14,7 +15,7 @@ use tokio::net::{TcpListener, TcpStream};
 use self::balance::{Balancer, Ejection};
 use crate::{
     accept::accept_all,
-    catalog::store::CatalogStore,
+    catalog::{model::ServiceName, store::CatalogStore},
     connections::Connections,
     datapath::{Captured, Datapath},
     health,
@@ -68,6 +69,15 @@ pub struct OutboundSettings {
     pub ejection: Ejection,
 }
 
+/// What says which service is called.
+#[derive(Debug, Clone, Copy)]
+enum Wanted<'a> {
+    /// The virtual address that was connected to.
+    Captured,
+    /// The explicit upstream whose listener took the connection.
+    Service(&'a ServiceName),
+}
+
 /// Why a connection was cut that outlived `limits.drain_timeout`.
 pub(crate) const DRAINED: &str = "drain deadline";
 
@@ -106,7 +116,7 @@ impl Outbound {
             Ok(captured) => tokio::select! {
                 biased;
                 () = self.shutdown.forced() => Outcome::Cut(DRAINED.to_owned()),
-                outcome = self.carry_captured(&mut downstream, &captured, &mut record) => outcome,
+                outcome = self.carry_captured(&mut downstream, &captured, Wanted::Captured, &mut record) => outcome,
             },
             Err(outcome) => outcome,
         };
@@ -120,6 +130,7 @@ impl Outbound {
         &self,
         downstream: &mut TcpStream,
         captured: &Captured,
+        wanted: Wanted<'_>,
         record: &mut ConnectionRecord,
     ) -> Outcome {
         // Killed from here on, the agent leaves the application a reset and not an answer that seems empty.
@@ -133,7 +144,7 @@ impl Outbound {
         };
         record.source(&caller.identity, &caller.identity.service);
         record.enter(Stage::Route);
-        let callee = match self.destination(captured) {
+        let callee = match self.destination(captured, wanted) {
             Ok(callee) => callee,
             Err(outcome) => return outcome,
         };

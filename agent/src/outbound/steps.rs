@@ -4,7 +4,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::net::TcpStream;
 
-use super::{Outbound, OutboundSettings, balance::Choice};
+use super::{Outbound, OutboundSettings, Wanted, balance::Choice};
 use crate::{
     catalog::{
         model::{IntentionAction, Service},
@@ -94,21 +94,35 @@ impl Outbound {
         Ok(Caller { identity, tls })
     }
 
-    /// Which service owns the original destination; it must be the one that the kernel saw at `connect()`.
-    pub(super) fn destination(&self, captured: &Captured) -> Result<Callee, Outcome> {
+    /// Which service is called. The owner of an original destination must be the one that the kernel saw at
+    /// `connect()`.
+    pub(super) fn destination(
+        &self,
+        captured: &Captured,
+        wanted: Wanted<'_>,
+    ) -> Result<Callee, Outcome> {
         let catalog = self.catalog.current();
-        let service = catalog
-            .service_at(captured.destination)
-            .filter(|service| id_of(&service.name) == captured.service)
-            .map(Arc::clone);
-        match service {
-            Some(service) => Ok(Callee { service, catalog }),
-            None => Err(Outcome::Failed {
-                stage: Stage::Route,
-                side: Side::Internal,
-                error: format!("{} changed its owner since connect()", captured.destination),
-            }),
+        let service = match wanted {
+            Wanted::Captured => catalog
+                .service_at(captured.destination)
+                .filter(|service| id_of(&service.name) == captured.service),
+            Wanted::Service(name) => catalog.service(name),
+        };
+        if let Some(service) = service.map(Arc::clone) {
+            return Ok(Callee { service, catalog });
         }
+        let error = match wanted {
+            Wanted::Captured => format!("{} changed its owner since connect()", captured.destination),
+            Wanted::Service(name) => format!(
+                "the catalog (version {}) has no service {name}, for which this upstream stands",
+                catalog.version
+            ),
+        };
+        Err(Outcome::Failed {
+            stage: Stage::Route,
+            side: Side::Internal,
+            error,
+        })
     }
 
     /// Step 5: intentions.

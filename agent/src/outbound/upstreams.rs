@@ -1,0 +1,254 @@
+//! Explicit upstreams: a local port that stands for a service, as Consul's sidecars offer it.
+//!
+//! Who connects is found out as for captured connections, by what the kernel knows of the client's socket. The port
+//! only says whom the client wants; that it can be reached gives nobody an identity.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    net::{SocketAddr, TcpListener as StdListener},
+    sync::Arc,
+};
+
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::sync::CancellationToken;
+
+use super::{DRAINED, Outbound, Wanted, refuse_at_limit};
+use crate::{
+    accept::accept_all,
+    catalog::{model::ServiceName, store::id_of},
+    datapath::{Captured, NetnsCookie},
+    relay::Endpoint as _,
+    sock_diag::{SockDiag, SockDiagError, SocketOwner},
+    sockets::{Kept, ListeningSockets, SocketKey},
+    telemetry::{
+        log::chain,
+        record::{ConnectionRecord, Direction, Outcome, Side, Stage},
+    },
+};
+
+/// The kernel cuts this to `net.core.somaxconn`.
+const BACKLOG: i32 = 1024;
+
+/// The listeners of explicit upstreams, in the network namespace of the agent.
+#[derive(Debug)]
+pub struct UpstreamListeners {
+    outbound: Arc<Outbound>,
+    sockets: ListeningSockets,
+    clients: Arc<SockDiag>,
+    open: BTreeMap<SocketAddr, OpenUpstream>,
+}
+
+#[derive(Debug)]
+struct OpenUpstream {
+    service: ServiceName,
+    closed: CancellationToken,
+    _kept: Kept,
+}
+
+/// An upstream whose port cannot be opened.
+#[derive(Debug, thiserror::Error)]
+#[error("listen at {address} for the upstream {service}")]
+pub struct UpstreamError {
+    address: SocketAddr,
+    service: ServiceName,
+    #[source]
+    source: io::Error,
+}
+
+impl UpstreamListeners {
+    /// Nothing is open yet; see [`Self::follow`].
+    ///
+    /// # Errors
+    /// If the kernel cannot be asked whose a socket is.
+    pub fn new(outbound: Arc<Outbound>, sockets: ListeningSockets) -> io::Result<Self> {
+        Ok(Self {
+            outbound,
+            sockets,
+            clients: Arc::new(SockDiag::open()?),
+            open: BTreeMap::new(),
+        })
+    }
+
+    /// Opens and closes listeners to match `wanted`: which service answers where. Returns what could not be opened;
+    /// it is tried again at the next call. Connections of a closed listener live on.
+    pub fn follow(&mut self, wanted: &BTreeMap<SocketAddr, ServiceName>) -> Vec<UpstreamError> {
+        self.open.retain(|address, open| {
+            let keep = wanted.get(address) == Some(&open.service);
+            if !keep {
+                open.closed.cancel();
+                tracing::info!(%address, service = %open.service, "upstream closed");
+            }
+            keep
+        });
+        let mut failed = Vec::new();
+        for (address, service) in wanted {
+            if !self.open.contains_key(address)
+                && let Err(source) = self.start(*address, service)
+            {
+                failed.push(UpstreamError {
+                    address: *address,
+                    service: service.clone(),
+                    source,
+                });
+            }
+        }
+        failed
+    }
+
+    /// What is open.
+    pub fn list(&self) -> impl Iterator<Item = (SocketAddr, &ServiceName)> {
+        self.open
+            .iter()
+            .map(|(address, open)| (*address, &open.service))
+    }
+
+    fn start(&mut self, address: SocketAddr, service: &ServiceName) -> io::Result<()> {
+        let key = SocketKey::here(address)?;
+        let (listener, kept) = self.sockets.listen(key, || listen(address))?;
+        let listener = TcpListener::from_std(listener)?;
+        let closed = CancellationToken::new();
+        let upstream = Arc::new(Upstream {
+            service: service.clone(),
+            netns: key.netns,
+            clients: Arc::clone(&self.clients),
+        });
+        let (outbound, ended) = (Arc::clone(&self.outbound), closed.clone());
+        self.outbound
+            .shutdown
+            .spawn("upstream listener", async move {
+                tokio::select! {
+                    () = ended.cancelled() => {}
+                    () = outbound.serve_upstream(listener, upstream) => {}
+                }
+            });
+        tracing::info!(%address, %service, "upstream open");
+        let open = OpenUpstream {
+            service: service.clone(),
+            closed,
+            _kept: kept,
+        };
+        self.open.insert(address, open);
+        Ok(())
+    }
+}
+
+/// What a connection to one of the listeners asks for.
+#[derive(Debug)]
+struct Upstream {
+    service: ServiceName,
+    netns: NetnsCookie,
+    clients: Arc<SockDiag>,
+}
+
+impl Upstream {
+    /// What the programs would have recorded of this connection.
+    ///
+    /// # Errors
+    /// If the kernel does not tell; `None` if the client's socket is not in this namespace, or gone.
+    fn captured(
+        &self,
+        local: SocketAddr,
+        client: SocketAddr,
+    ) -> Result<Option<Captured>, SockDiagError> {
+        let owner = self.clients.socket_of(client, local)?;
+        let captured = |owner: SocketOwner| Captured {
+            destination: local,
+            service: id_of(&self.service),
+            cgroup: owner.cgroup,
+            netns: self.netns,
+            uid: owner.uid,
+            // The kernel does not say, and it decides nothing.
+            process: 0,
+            socket_cookie: owner.cookie,
+        };
+        Ok(owner.map(captured))
+    }
+}
+
+impl Outbound {
+    async fn serve_upstream(self: Arc<Self>, listener: TcpListener, upstream: Arc<Upstream>) {
+        let shutdown = self.shutdown.clone();
+        accept_all(
+            listener,
+            Direction::Outbound,
+            &self.telemetry,
+            &shutdown,
+            |stream, peer| {
+                let Some(slot) = self.connections.admit(Direction::Outbound) else {
+                    refuse_at_limit(&self.telemetry, Direction::Outbound, stream, None);
+                    return;
+                };
+                let (outbound, upstream) = (Arc::clone(&self), Arc::clone(&upstream));
+                self.shutdown.spawn("upstream connection", async move {
+                    outbound.carry_upstream(stream, peer, &upstream).await;
+                    drop(slot);
+                });
+            },
+        )
+        .await;
+    }
+
+    /// As [`Self::carry`], but for who says what is wanted: here it is the listener.
+    async fn carry_upstream(
+        &self,
+        mut downstream: TcpStream,
+        client: SocketAddr,
+        upstream: &Upstream,
+    ) {
+        let mut record = ConnectionRecord::begin(&self.telemetry, Direction::Outbound);
+        let outcome = match capture(&downstream, client, upstream) {
+            Ok(captured) => tokio::select! {
+                biased;
+                () = self.shutdown.forced() => Outcome::Cut(DRAINED.to_owned()),
+                outcome = self.carry_captured(
+                    &mut downstream,
+                    &captured,
+                    Wanted::Service(&upstream.service),
+                    &mut record,
+                ) => outcome,
+            },
+            Err(outcome) => outcome,
+        };
+        if !matches!(outcome, Outcome::Completed) {
+            downstream.abort();
+        }
+        record.finish(outcome);
+    }
+}
+
+fn capture(
+    downstream: &TcpStream,
+    client: SocketAddr,
+    upstream: &Upstream,
+) -> Result<Captured, Outcome> {
+    let failed = |side, error| Outcome::Failed {
+        stage: Stage::Capture,
+        side,
+        error,
+    };
+    let local = downstream
+        .local_addr()
+        .map_err(|error| failed(Side::Internal, chain(&error).to_string()))?;
+    match upstream.captured(local, client) {
+        Ok(Some(captured)) => Ok(captured),
+        Ok(None) => Err(failed(
+            Side::Downstream,
+            format!("the kernel does not tell whose socket {client} is: it is of another network namespace, or closed"),
+        )),
+        Err(error) => Err(failed(Side::Internal, chain(&error).to_string())),
+    }
+}
+
+fn listen(address: SocketAddr) -> io::Result<StdListener> {
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::STREAM.nonblocking().cloexec(),
+        Some(Protocol::TCP),
+    )?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&SockAddr::from(address))?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
