@@ -13,6 +13,8 @@ pub mod rights;
 pub mod watch;
 pub mod answers;
 #[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
 mod tests;
 
 use std::{fmt, path::PathBuf};

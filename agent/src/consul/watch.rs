@@ -131,6 +131,11 @@ impl<T: DeserializeOwned + PartialEq + Content> Watch<T> {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn set_position(&mut self, position: Position) {
+        self.position = position;
+    }
+
     fn next_request(&self) -> Request {
         let request = self.request.clone();
         let request = match &self.position {
