@@ -419,6 +419,7 @@ static CHOICE: LazyLock<(Targets, LocalDomain)> = LazyLock::new(|| {
             meta: BTreeMap::new(),
             health: Health::Passing,
             weights: Weights::default(),
+            target: None,
         };
         service(right(name), vec![Arc::new(instance)])
     });

@@ -83,6 +83,20 @@ pub struct Instance {
     pub health: Health,
     /// `Weights.Passing` and `Weights.Warning`.
     pub weights: Weights,
+    /// Whose instance it is, if not one of the service that lists it: see [`Target`].
+    pub target: Option<Target>,
+}
+
+/// Whose instance stands in for a service, because a `service-resolver` redirects the service or fails over. A tunnel
+/// to it expects the target's identity.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    /// The service that the instance proves to be.
+    pub service: ServiceName,
+    /// The datacenter in its certificate.
+    pub datacenter: Arc<str>,
+    /// The TLS server name to ask for, where a gateway on the way goes by it.
+    pub sni: Option<Arc<str>>,
 }
 
 impl Instance {
@@ -296,6 +310,7 @@ mod tests {
             meta: BTreeMap::new(),
             health,
             weights,
+            target: None,
         };
         assert_eq!(instance(Health::Passing).weight(), 10);
         assert_eq!(instance(Health::Warning).weight(), 1);

@@ -19,6 +19,15 @@ impl LocalDomain {
         }
     }
 
+    /// The same trust domain in another datacenter.
+    #[must_use]
+    pub fn in_datacenter(&self, datacenter: &str) -> Self {
+        Self {
+            trust_domain: self.trust_domain.clone(),
+            datacenter: datacenter.to_owned(),
+        }
+    }
+
     /// The identity of a service here.
     pub fn identity_of(&self, service: &ServiceName) -> SpiffeId {
         SpiffeId::service(&self.trust_domain, &self.datacenter, service)

@@ -65,7 +65,9 @@ impl Targets {
     pub fn new(catalog: &Catalog, node: &NodeName, local: &LocalDomain) -> Self {
         let mut by_port: HashMap<u16, Vec<Arc<Target>>> = HashMap::new();
         for service in catalog.snapshot.services.values() {
-            for instance in service.instances.iter().filter(|i| i.node == *node) {
+            // One that stands in for this service is a target as what it is.
+            let own = service.instances.iter().filter(|i| i.target.is_none());
+            for instance in own.filter(|i| i.node == *node) {
                 let target = Target {
                     service: service.name.clone(),
                     instance: Arc::clone(instance),

@@ -198,6 +198,7 @@ mod tests {
                 meta: BTreeMap::new(),
                 health: *health,
                 weights: Weights::default(),
+                target: None,
             })
         });
         Service {

@@ -7,11 +7,11 @@ use tokio::net::TcpStream;
 use super::{Outbound, OutboundSettings, Wanted, balance::Choice};
 use crate::{
     catalog::{
-        model::{IntentionAction, Service},
+        model::{Instance, IntentionAction, Service, ServiceName},
         store::{Catalog, id_of},
     },
     datapath::Captured,
-    identity::{spiffe::SpiffeId, workload_tls::WorkloadTls},
+    identity::{LocalDomain, spiffe::SpiffeId, workload_tls::WorkloadTls},
     telemetry::{
         log::chain,
         rate::OncePer,
@@ -208,12 +208,84 @@ impl Outbound {
         record.connected();
 
         record.enter(Stage::Handshake);
-        let expected = self.local.identity_of(&callee.service.name);
-        let sni = self.local.instance_sni(&callee.service.name, &instance.id);
+        let (expected, sni) = expected_server(&self.local, &callee.service.name, instance);
         let stream = dialled
             .handshake(sni, &expected, &caller.tls, settings.handshake_timeout)
             .await?;
         record.handshaken();
         Ok(stream)
+    }
+}
+
+/// Who must answer at `instance` of `service`, and the name to ask for there.
+fn expected_server(
+    local: &LocalDomain,
+    service: &ServiceName,
+    instance: &Instance,
+) -> (SpiffeId, String) {
+    let Some(target) = &instance.target else {
+        return (
+            local.identity_of(service),
+            local.instance_sni(service, &instance.id),
+        );
+    };
+    let domain = local.in_datacenter(&target.datacenter);
+    let sni = target.sni.as_deref().map(str::to_owned);
+    (
+        domain.identity_of(&target.service),
+        sni.unwrap_or_else(|| domain.instance_sni(&target.service, &instance.id)),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, sync::Arc};
+
+    use super::*;
+    use crate::catalog::model::{Health, Target, Weights};
+
+    #[test]
+    fn an_instance_that_stands_in_must_be_who_it_is() {
+        let local = LocalDomain::new("td.test".parse().unwrap(), "dc1".to_owned());
+        let instance = |target| Instance {
+            id: "db-1".parse().unwrap(),
+            node: "a".parse().unwrap(),
+            tunnel: ([192, 0, 2, 1], 21000).into(),
+            local: ([127, 0, 0, 1], 5432).into(),
+            port: 5432,
+            tags: vec![],
+            meta: BTreeMap::new(),
+            health: Health::Passing,
+            weights: Weights::default(),
+            target,
+        };
+        let target = |sni: Option<&str>| Target {
+            service: "db-standby".parse().unwrap(),
+            datacenter: "dc2".into(),
+            sni: sni.map(Arc::from),
+        };
+        let table = [
+            (
+                None,
+                "spiffe://td.test/ns/default/dc/dc1/svc/db",
+                "db.default.dc1.internal.td.test",
+            ),
+            (
+                Some(target(None)),
+                "spiffe://td.test/ns/default/dc/dc2/svc/db-standby",
+                "db-standby.default.dc2.internal.td.test",
+            ),
+            (
+                Some(target(Some("gateway.test"))),
+                "spiffe://td.test/ns/default/dc/dc2/svc/db-standby",
+                "gateway.test",
+            ),
+        ];
+        for (target, identity, name) in table {
+            let (expected, sni) =
+                expected_server(&local, &"db".parse().unwrap(), &instance(target));
+            assert_eq!(expected.to_string(), identity);
+            assert!(sni.ends_with(name), "{sni}");
+        }
     }
 }

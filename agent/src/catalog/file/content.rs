@@ -223,6 +223,7 @@ fn registered(
                 .max()
                 .unwrap_or(Health::Passing),
             weights: weights.unwrap_or_default(),
+            target: None,
         }),
         explicit_addresses,
         virtual_ports,
