@@ -2,9 +2,10 @@
 //!
 //! Rules come from the configuration. What a rule matches is set by the kernel (network namespace, cgroup,
 //! user), never by an address or a port, which a process can choose. The order of strength: a network
-//! namespace, then the most specific cgroup or unit, then the user.
+//! namespace, then the most specific cgroup or unit, then the user, and last what was [`discovered`].
 
 mod rules;
+pub mod discovered;
 
 use std::{
     collections::HashMap,
@@ -14,6 +15,7 @@ use std::{
 
 use parking_lot::{Mutex, RwLock};
 
+use discovered::{Assignments, Discovered};
 pub use rules::RuleConflict;
 use rules::Rules;
 
@@ -45,13 +47,23 @@ pub struct WorkloadResolver {
     state: RwLock<State>,
     /// Services by cgroup. Only answers, no failures: a cgroup whose path cannot be read now may be readable
     /// later. The kernel never gives an id to a second cgroup (it has a generation), so answers stay true.
-    remembered: Mutex<HashMap<CgroupId, ServiceName>>,
+    remembered: Mutex<HashMap<CgroupId, Answer>>,
+}
+
+/// Who a cgroup is, and how strong that is.
+#[derive(Debug, Clone)]
+enum Answer {
+    /// A rule names it.
+    Rule(ServiceName),
+    /// It was discovered: a rule for the user is stronger.
+    Discovered(ServiceName),
 }
 
 #[derive(Debug, Default)]
 struct State {
     rules: Rules,
     namespaces: HashMap<NetnsCookie, ServiceName>,
+    discovered: Discovered,
 }
 
 impl WorkloadResolver {
@@ -68,6 +80,7 @@ impl WorkloadResolver {
             state: RwLock::new(State {
                 rules: Rules::compile(workloads)?,
                 namespaces: HashMap::new(),
+                discovered: Discovered::default(),
             }),
             remembered: Mutex::default(),
         })
@@ -113,40 +126,72 @@ impl WorkloadResolver {
         self.state.write().namespaces.remove(&netns);
     }
 
+    /// Puts what was discovered in force, instead of what was before.
+    pub fn discover(&self, assignments: &Assignments) {
+        let discovered = Discovered::new(assignments);
+        let mut state = self.state.write();
+        if state.discovered != discovered {
+            state.discovered = discovered;
+            // As when reloading.
+            self.remembered.lock().clear();
+        }
+    }
+
+    /// Finds a cgroup's path by its id.
+    pub fn cgroups(&self) -> &dyn CgroupPaths {
+        &*self.cgroups
+    }
+
     /// The service that made `captured`.
     ///
     /// Reads the cgroup's path on the first connection of each cgroup; a system call that does not wait.
     ///
     /// # Errors
-    /// [`UnknownWorkload`] if no rule matches. The connection must then be refused.
+    /// [`UnknownWorkload`] if no rule matches and nothing was discovered. The connection must then be refused.
     pub fn resolve(&self, captured: &Captured) -> Result<ServiceName, UnknownWorkload> {
         let state = self.state.read();
         if let Some(service) = state.namespaces.get(&captured.netns) {
             return Ok(service.clone());
         }
-        if let Some(service) = self.remembered.lock().get(&captured.cgroup) {
-            return Ok(service.clone());
-        }
-        let path = self.cgroups.path_of(captured.cgroup);
-        if let Some(service) = path.as_deref().and_then(|path| state.rules.cgroup(path)) {
+        let remembered = self.remembered.lock().get(&captured.cgroup).cloned();
+        let (answer, path) = match remembered {
+            Some(answer) => (Some(answer), None),
+            None => self.look_up(&state, captured.cgroup),
+        };
+        let user = || state.rules.user(captured.uid).cloned();
+        let service = match answer {
+            Some(Answer::Rule(service)) => Some(service),
+            Some(Answer::Discovered(service)) => user().or(Some(service)),
+            None => user(),
+        };
+        service.ok_or(UnknownWorkload {
+            cgroup: captured.cgroup,
+            path,
+            netns: captured.netns,
+            uid: captured.uid,
+            process: captured.process,
+        })
+    }
+
+    /// Who a cgroup is, and its path if that could be read. Remembers an answer.
+    fn look_up(&self, state: &State, cgroup: CgroupId) -> (Option<Answer>, Option<PathBuf>) {
+        let Some(path) = self.cgroups.path_of(cgroup) else {
+            return (None, None);
+        };
+        let by_rule = || state.rules.cgroup(&path).cloned().map(Answer::Rule);
+        let discovered = || {
+            let service = state.discovered.service_of(cgroup, &path, self.cgroups());
+            service.cloned().map(Answer::Discovered)
+        };
+        let answer = by_rule().or_else(discovered);
+        if let Some(answer) = &answer {
             let mut remembered = self.remembered.lock();
             if remembered.len() >= REMEMBERED_CGROUPS {
                 remembered.clear();
             }
-            remembered.insert(captured.cgroup, service.clone());
-            return Ok(service.clone());
+            remembered.insert(cgroup, answer.clone());
         }
-        state
-            .rules
-            .user(captured.uid)
-            .cloned()
-            .ok_or(UnknownWorkload {
-                cgroup: captured.cgroup,
-                path,
-                netns: captured.netns,
-                uid: captured.uid,
-                process: captured.process,
-            })
+        (answer, Some(path))
     }
 }
 
@@ -158,7 +203,7 @@ impl fmt::Debug for WorkloadResolver {
     }
 }
 
-/// A process that no rule names: its connection is refused.
+/// A process that no rule names and that was not discovered: its connection is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "no [[workload]] names process {process}: cgroup {}, user {uid}, network namespace {netns}",

@@ -217,3 +217,79 @@ fn one_thing_for_two_services_is_a_conflict() {
     let same = WorkloadResolver::new(&[unit("a", "x"), unit("a", "x.service")], |_| None);
     same.unwrap();
 }
+
+/// The cgroups `/a`, `/a/b`, `/a/b/c` and `/x` with the ids 1, 2, 3 and 9; `/a/b` again as 5 once it was made anew.
+fn tree(made_anew: &Arc<std::sync::atomic::AtomicBool>) -> impl CgroupPaths + use<> {
+    let made_anew = Arc::clone(made_anew);
+    move |id: CgroupId| {
+        let anew = made_anew.load(Ordering::Relaxed);
+        let path = match id.0 {
+            1 => "/a",
+            2 if !anew => "/a/b",
+            3 if !anew => "/a/b/c",
+            5 if anew => "/a/b",
+            6 if anew => "/a/b/c",
+            9 => "/x",
+            _ => return None,
+        };
+        Some(PathBuf::from(path))
+    }
+}
+
+fn assigned(assignments: &[(u64, &str, &str)]) -> Assignments {
+    let each = assignments.iter().map(|(id, path, service)| {
+        let assignment = discovered::Assignment {
+            path: path.into(),
+            service: service.parse().unwrap(),
+        };
+        (CgroupId(*id), assignment)
+    });
+    each.collect()
+}
+
+#[test]
+fn what_was_discovered_counts_where_no_rule_does() {
+    let made_anew = Arc::default();
+    let rules = [
+        cgroup("ruled", "/x"),
+        rule("batch", WorkloadRule::User(1000)),
+    ];
+    let resolver = WorkloadResolver::new(&rules, tree(&made_anew)).unwrap();
+    let service = |cgroup, uid| {
+        let resolved = resolver.resolve(&captured(cgroup, HOST, uid));
+        resolved.map(|service| service.to_string()).ok()
+    };
+    let is = |name: &str| Some(name.to_owned());
+    assert_eq!(service(2, 0), None);
+    resolver.discover(&assigned(&[(2, "/a/b", "found"), (9, "/x", "weaker")]));
+    for _remembered in 0..2 {
+        assert_eq!(service(2, 0), is("found"));
+        assert_eq!(service(3, 0), is("found"), "what is below belongs to it");
+        assert_eq!(service(1, 0), None, "what is above does not");
+        assert_eq!(service(9, 0), is("ruled"));
+        assert_eq!(service(2, 1000), is("batch"), "any rule is stronger");
+    }
+    resolver.discover(&assigned(&[(2, "/a/b", "found"), (3, "/a/b/c", "inner")]));
+    assert_eq!(service(3, 0), is("inner"), "the nearest");
+    resolver.discover(&assigned(&[(3, "/a/b/c", "inner")]));
+    assert_eq!(service(2, 0), None);
+    resolver.discover(&Assignments::new());
+    assert_eq!(service(3, 0), None);
+}
+
+#[test]
+fn a_cgroup_made_anew_is_nobody_until_it_is_found() {
+    let made_anew = Arc::<std::sync::atomic::AtomicBool>::default();
+    let resolver = WorkloadResolver::new(&[], tree(&made_anew)).unwrap();
+    resolver.discover(&assigned(&[(2, "/a/b", "found")]));
+    resolver.resolve(&captured(3, HOST, 0)).unwrap();
+    made_anew.store(true, Ordering::Relaxed);
+    for cgroup in [5, 6] {
+        resolver.resolve(&captured(cgroup, HOST, 0)).unwrap_err();
+    }
+    resolver.discover(&assigned(&[(5, "/a/b", "other")]));
+    for cgroup in [5, 6] {
+        let service = resolver.resolve(&captured(cgroup, HOST, 0)).unwrap();
+        assert_eq!(service.as_str(), "other");
+    }
+}
