@@ -54,13 +54,31 @@ fn beside_us(name: &str, how: &str) -> Result<PathBuf> {
     );
 }
 
-/// Finds a program by name in `PATH` and in the places where Debian puts daemons.
+/// Where `cargo xtask` keeps programs that it fetched: `target/fetched`.
+///
+/// # Errors
+/// If the running program is in no target directory.
+pub fn fetched() -> Result<PathBuf> {
+    let own = env::current_exe().context("finding the running program")?;
+    // target/debug/xtask or target/debug/deps/TEST
+    let target = own.ancestors().skip(2).take(2).find(|directory| {
+        // What cargo puts into every target directory.
+        directory.join("CACHEDIR.TAG").is_file()
+    });
+    let target = target.with_context(|| format!("{} is not below target/", own.display()))?;
+    Ok(target.join("fetched"))
+}
+
+/// Finds a program by name: fetched for this project, in `PATH`, or in the places where Debian puts daemons.
 pub fn find(name: &str) -> Option<PathBuf> {
     if name.contains('/') {
         return Some(name.into());
     }
     let path = env::var_os("PATH").unwrap_or_default();
-    env::split_paths(&path)
+    fetched()
+        .ok()
+        .into_iter()
+        .chain(env::split_paths(&path))
         .chain(["/usr/sbin", "/sbin", "/usr/local/sbin"].map(PathBuf::from))
         .map(|directory| directory.join(name))
         .find(|candidate| candidate.is_file())

@@ -1,4 +1,4 @@
-//! The programs that this machine must have, found or installed with apt-get.
+//! The programs that this machine must have: found, installed with apt-get, or fetched for this project alone.
 
 use std::{
     env,
@@ -16,6 +16,7 @@ use rustix::{
 };
 
 use crate::{
+    fetched,
     interrupt::{keep_when_interrupted, remove_when_interrupted},
     progress::Step,
 };
@@ -39,6 +40,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("mmdebstrap", "mmdebstrap"),
     ("strip", "binutils"),
     ("xz", "xz-utils"),
+    ("pip3", "python3-pip"),
 ];
 
 /// Asked by packages before they start a service.
@@ -74,8 +76,16 @@ pub(crate) fn missing(wanted: &[&'static str]) -> Vec<&'static str> {
 /// Sees to it that all of `wanted` are here.
 ///
 /// # Errors
-/// If one is missing and cannot be installed: says which packages to install.
+/// If one is missing and cannot be had: says which packages to install.
 pub(crate) fn require(wanted: &[&'static str]) -> Result<()> {
+    let (fetchable, wanted): (Vec<_>, Vec<_>) = wanted
+        .iter()
+        .partition(|name| fetched::can_be_fetched(name));
+    install(&wanted)?;
+    missing(&fetchable).into_iter().try_for_each(fetched::fetch)
+}
+
+fn install(wanted: &[&'static str]) -> Result<()> {
     if missing(wanted).is_empty() {
         return Ok(());
     }

@@ -11,6 +11,8 @@ mod dist;
 mod vm;
 mod ebpf;
 mod host;
+mod apt;
+mod fetched;
 mod interrupt;
 mod progress;
 

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::progress::Step;
+use crate::{apt::Apt, progress::Step};
 
 /// Depends on the newest kernel of a release. The flavour for virtual machines: a third of the size.
 const NEWEST: &str = "linux-image-cloud-amd64";
@@ -20,9 +20,6 @@ const PARTS: [&str; 3] = ["linux-image-", "linux-binary-", "linux-modules-"];
 
 /// Kernel modules that the tests need and no kernel of Debian has built in.
 const MODULES: [&str; 1] = ["drivers/net/veth.ko"];
-
-/// Signs the lists of packages of every release. Not where apt looks by itself on all machines.
-pub(crate) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// A kernel to be booted.
 #[derive(Debug, Clone)]
@@ -64,7 +61,7 @@ fn fetch(suite: &str, directory: &Path, kept: &Path, step: &Step) -> Result<()> 
     apt.run(step, "apt-get", &["update"]).with_context(|| {
         format!("this machine's mirror does not have Debian {suite}, or cannot be reached")
     })?;
-    let packages = apt.closure(step)?;
+    let packages = closure(&apt, step)?;
     for package in &packages {
         apt.run(step, "apt-get", &["download", package])?;
     }
@@ -128,106 +125,31 @@ fn take(root: &Path, fresh: &Path, step: &Step) -> Result<()> {
     Ok(())
 }
 
-/// apt with a state of its own, for one release.
-struct Apt {
-    directory: PathBuf,
-    options: Vec<String>,
-}
-
-impl Apt {
-    fn new(suite: &str, directory: &Path, step: &Step) -> Result<Self> {
-        for below in ["state/lists/partial", "cache/archives/partial"] {
-            let below = directory.join(below);
-            fs::create_dir_all(&below).with_context(|| format!("creating {}", below.display()))?;
-        }
-        let keyring = if Path::new(KEYRING).exists() {
-            format!("[signed-by={KEYRING}] ")
-        } else {
-            String::new()
-        };
-        let sources = directory.join("sources.list");
-        fs::write(
-            &sources,
-            format!("deb {keyring}{} {suite} main\n", mirror(step)?),
-        )
-        .with_context(|| format!("writing {}", sources.display()))?;
-        let options = [
-            format!("Dir::State={}", directory.join("state").display()),
-            format!("Dir::Cache={}", directory.join("cache").display()),
-            format!("Dir::Etc::SourceList={}", sources.display()),
-            "Dir::Etc::SourceParts=/dev/null".to_owned(),
-            // Nothing is installed, as far as this apt knows.
-            "Dir::State::Status=/dev/null".to_owned(),
-            "Acquire::Languages=none".to_owned(),
-            // What software centres show; fetched where one is installed.
-            "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false".to_owned(),
-            "Acquire::Retries=3".to_owned(),
-            // It writes below target/, where apt's own user may not.
-            "APT::Sandbox::User=root".to_owned(),
-        ];
-        Ok(Self {
-            directory: directory.to_owned(),
-            options: options.to_vec(),
-        })
+/// The packages that the newest kernel is in.
+fn closure(apt: &Apt, step: &Step) -> Result<BTreeSet<String>> {
+    let mut found = BTreeSet::new();
+    let mut open = vec![NEWEST.to_owned()];
+    while let Some(package) = open.pop() {
+        let said = apt
+            .run(step, "apt-cache", &["depends", &package])
+            .with_context(|| format!("the mirror has no {package}"))?;
+        let parts = said
+            .iter()
+            .filter_map(|line| line.trim().strip_prefix("Depends: "))
+            .filter(|name| PARTS.iter().any(|part| name.starts_with(part)));
+        open.extend(
+            parts
+                .filter(|name| !found.contains(*name))
+                .map(str::to_owned),
+        );
+        found.insert(package);
     }
-
-    fn run(&self, step: &Step, program: &str, arguments: &[&str]) -> Result<Vec<String>> {
-        let mut command = Command::new(program);
-        for option in &self.options {
-            command.args(["-o", option]);
-        }
-        command.args(arguments).current_dir(&self.directory);
-        step.run(&mut command)
+    // The first has nothing but the dependency.
+    found.remove(NEWEST);
+    if found.is_empty() {
+        bail!("{NEWEST} depends on no kernel");
     }
-
-    /// The packages that the newest kernel is in.
-    fn closure(&self, step: &Step) -> Result<BTreeSet<String>> {
-        let mut found = BTreeSet::new();
-        let mut open = vec![NEWEST.to_owned()];
-        while let Some(package) = open.pop() {
-            let said = self
-                .run(step, "apt-cache", &["depends", &package])
-                .with_context(|| format!("the mirror has no {package}"))?;
-            let parts = said
-                .iter()
-                .filter_map(|line| line.trim().strip_prefix("Depends: "))
-                .filter(|name| PARTS.iter().any(|part| name.starts_with(part)));
-            open.extend(
-                parts
-                    .filter(|name| !found.contains(*name))
-                    .map(str::to_owned),
-            );
-            found.insert(package);
-        }
-        // The first has nothing but the dependency.
-        found.remove(NEWEST);
-        if found.is_empty() {
-            bail!("{NEWEST} depends on no kernel");
-        }
-        Ok(found)
-    }
-}
-
-/// Where this machine's own packages come from. apt knows whose they are once it has fetched its lists.
-pub(crate) fn mirror(step: &Step) -> Result<String> {
-    if let Some(mirror) = known_mirror()? {
-        return Ok(mirror);
-    }
-    step.run(Command::new("apt-get").arg("update"))?;
-    known_mirror()?.context("this machine's own packages come from no mirror of Debian")
-}
-
-fn known_mirror() -> Result<Option<String>> {
-    let format = "$(ORIGIN)|$(LABEL)|$(COMPONENT)|$(REPO_URI)";
-    let output = Command::new("apt-get")
-        .args(["indextargets", "--format", format])
-        .output()
-        .context("asking apt-get for this machine's mirror")?;
-    let said = String::from_utf8_lossy(&output.stdout);
-    let mirror = said
-        .lines()
-        .find_map(|line| line.strip_prefix("Debian|Debian|main|"));
-    Ok(mirror.map(str::to_owned))
+    Ok(found)
 }
 
 fn empty(directory: &Path) -> Result<()> {

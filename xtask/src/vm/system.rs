@@ -9,10 +9,8 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use crate::{
-    kernels::{
-        archive::Archive,
-        debian::{KEYRING, mirror},
-    },
+    apt::{KEYRING, mirror},
+    kernels::archive::Archive,
     progress::Step,
 };
 
