@@ -17,4 +17,7 @@ pub mod services;
 pub mod foreign;
 pub mod wire;
 pub mod mesh;
+pub mod daemon;
+pub mod consul;
+pub mod envoy;
 pub mod claims;

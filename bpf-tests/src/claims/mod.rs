@@ -8,6 +8,7 @@ macro_rules! claims {
     };
 }
 
+pub mod consul;
 pub mod dependable;
 pub mod path;
 
@@ -112,4 +113,4 @@ impl Finding {
 }
 
 /// All topics.
-pub const TOPICS: &[Topic] = &[path::TOPIC, dependable::TOPIC];
+pub const TOPICS: &[Topic] = &[path::TOPIC, dependable::TOPIC, consul::TOPIC];
