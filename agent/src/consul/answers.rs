@@ -251,6 +251,74 @@ pub struct IntentionCheck {
     pub allowed: bool,
 }
 
+/// `/v1/agent/self`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct AgentSelf {
+    /// What the agent runs with.
+    pub config: AgentConfig,
+}
+
+/// The part of an agent's configuration that every version shows.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct AgentConfig {
+    /// Its datacenter.
+    pub datacenter: String,
+    /// The name of its node.
+    pub node_name: String,
+    /// Consul's version.
+    #[serde(default, deserialize_with = "or_default")]
+    pub version: String,
+}
+
+/// `/v1/agent/connect/ca/roots`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Roots {
+    /// The one that signs now. Nothing depends on it: all roots are trusted.
+    #[serde(rename = "ActiveRootID", default, deserialize_with = "or_default")]
+    pub active_root_id: String,
+    /// Of every identity in the cluster.
+    #[serde(default, deserialize_with = "or_default")]
+    pub trust_domain: String,
+    /// All that are trusted.
+    #[serde(default, deserialize_with = "or_default")]
+    pub roots: Vec<Root>,
+}
+
+/// One root.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Root {
+    /// Made of its key.
+    #[serde(rename = "ID", default, deserialize_with = "or_default")]
+    pub id: String,
+    /// In PEM.
+    #[serde(default, deserialize_with = "or_default")]
+    pub root_cert: String,
+}
+
+impl Content for Roots {
+    fn is_empty(&self) -> bool {
+        self.roots.is_empty()
+    }
+}
+
+/// `/v1/agent/connect/ca/leaf/:service`, without the key.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+pub struct LeafCertificate {
+    /// The chain in PEM, the leaf first.
+    #[serde(rename = "CertPEM", default, deserialize_with = "or_default")]
+    pub certificate: String,
+}
+
+impl Content for LeafCertificate {
+    fn is_empty(&self) -> bool {
+        self.certificate.is_empty()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

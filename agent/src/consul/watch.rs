@@ -22,6 +22,8 @@ pub struct WatchSettings {
     pub stale: bool,
     /// How old such an answer may be.
     pub stale_max: Duration,
+    /// Whether the node's Consul agent answers from its own cache: it then says of every answer that there is no leader.
+    pub from_agent: bool,
     /// Between two requests where Consul's answer has neither index nor hash to wait on.
     pub poll: Duration,
     /// Between two requests otherwise.
@@ -34,6 +36,7 @@ impl Default for WatchSettings {
             wait: Duration::from_secs(300),
             stale: true,
             stale_max: Duration::from_secs(10),
+            from_agent: false,
             poll: Duration::from_secs(10),
             pace: PaceLimits::default(),
         }
@@ -160,6 +163,11 @@ impl<T: DeserializeOwned + PartialEq + Content> Watch<T> {
         random: f64,
     ) -> Option<Event<T>> {
         let answer = match answered {
+            Ok(answer) if self.settings.from_agent => Answer {
+                known_leader: None,
+                last_contact: None,
+                ..answer
+            },
             Ok(answer) => answer,
             Err(error) => {
                 self.failed(chain(&error).to_string(), now, random);

@@ -14,6 +14,7 @@ pub mod verify;
 pub mod provider;
 pub mod pem;
 pub mod ca;
+pub mod consul_ca;
 pub mod clock;
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use zeroize::Zeroizing;
 
 use super::{
+    consul_ca::ConsulCaError,
     spiffe::{SpiffeId, TrustDomain},
     verify::PeerIdentityError,
 };
@@ -186,6 +187,9 @@ pub enum IssueError {
         /// How long it was waited for.
         after: Duration,
     },
+    /// Consul did not give one.
+    #[error(transparent)]
+    Consul(#[from] ConsulCaError),
     /// The authority gives out the leaf in use, which should have been replaced by now.
     #[error("the authority still gives the certificate that expires at {}", Timestamp::from(*not_after))]
     NotRenewed {

@@ -24,7 +24,7 @@ pub use schedule::Jitter;
 
 use super::{
     clock::Clock,
-    provider::{BoxFuture, CertificateProvider, IssueError, Trust, TrustBundle},
+    provider::{BoxFuture, CertificateProvider, IssueError, Leaf, Trust, TrustBundle},
     spiffe::SpiffeId,
     workload_tls::WorkloadTls,
 };
@@ -472,6 +472,11 @@ impl Keeper {
             }
         }
     }
+}
+
+/// Whether a leaf should have been replaced by `now`.
+pub(super) fn is_overdue(leaf: &Leaf, now: SystemTime) -> bool {
+    now >= schedule::overdue_at(leaf.not_before, leaf.not_after)
 }
 
 /// A leaf under these roots, and who signed it.

@@ -14,7 +14,6 @@ use super::*;
 use crate::identity::{
     ca::{self, BuiltinCa},
     clock::TokioClock,
-    provider::{BoxFuture, Leaf},
     testing::{self, DAY, TestCa, builtin_ca, files, id, trust_domain},
 };
 
