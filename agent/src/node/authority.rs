@@ -1,6 +1,6 @@
 //! Who issues this node's certificates, as the node and its operators see it.
 
-use std::sync::Arc;
+use std::{path::Path, sync::Arc, time::SystemTime};
 
 use parking_lot::Mutex;
 
@@ -11,6 +11,7 @@ use crate::{
     identity::{
         ca::{BuiltinCa, CertificateSummary},
         clock::SystemClock,
+        consul_ca::ConsulCa,
         provider::CertificateProvider,
     },
     telemetry::{log::chain, metrics::AuthorityObservation, timestamp::Timestamp},
@@ -25,6 +26,8 @@ pub(super) enum Authority {
         /// Why its files were not taken over by the last reload.
         problem: Mutex<Option<String>>,
     },
+    /// Consul's.
+    Consul(Arc<ConsulCa>),
 }
 
 impl Authority {
@@ -42,6 +45,7 @@ impl Authority {
     pub(super) fn provider(&self) -> Arc<dyn CertificateProvider> {
         match self {
             Self::Builtin { ca, .. } => Arc::<BuiltinCa>::clone(ca),
+            Self::Consul(ca) => Arc::<ConsulCa>::clone(ca),
         }
     }
 
@@ -61,41 +65,62 @@ impl Authority {
                 *problem.lock() = error;
                 is_in_force
             }
+            // It has no files.
+            Self::Consul(_) => false,
         }
     }
 
     pub(super) fn status(&self) -> AuthorityStatus {
-        let summary = self.summary();
+        let roots = self.roots();
+        let subject = match self {
+            Self::Builtin { ca, .. } => ca.summary().subject,
+            Self::Consul(_) => "Consul".to_owned(),
+        };
         AuthorityStatus {
-            subject: summary.subject,
-            not_after: Timestamp(summary.not_after.into()),
-            roots: self.roots().into_iter().map(|root| root.subject).collect(),
+            subject,
+            not_after: Timestamp(self.not_after(&roots)),
+            roots: roots.into_iter().map(|root| root.subject).collect(),
             problem: self.problem(),
         }
     }
 
     pub(super) fn observe(&self) -> AuthorityObservation {
         AuthorityObservation {
-            not_after: self.summary().not_after.into(),
+            not_after: self.not_after(&self.roots()),
             reload_failing: self.problem().is_some(),
         }
     }
 
-    fn summary(&self) -> CertificateSummary {
+    /// Until when it can issue. Of Consul's only the roots are known; it replaces them by itself.
+    fn not_after(&self, roots: &[CertificateSummary]) -> SystemTime {
         match self {
-            Self::Builtin { ca, .. } => ca.summary(),
+            Self::Builtin { ca, .. } => ca.summary().not_after.into(),
+            Self::Consul(_) => roots
+                .iter()
+                .map(|root| root.not_after.into())
+                .max()
+                .unwrap_or(SystemTime::UNIX_EPOCH),
         }
     }
 
     fn roots(&self) -> Vec<CertificateSummary> {
         match self {
             Self::Builtin { ca, .. } => ca.roots(),
+            Self::Consul(ca) => {
+                let trust = ca.trust().borrow().clone();
+                let certificates = trust.roots.certificates().iter();
+                certificates
+                    // What does not parse is no root.
+                    .filter_map(|root| CertificateSummary::of(Path::new("Consul"), root).ok())
+                    .collect()
+            }
         }
     }
 
     fn problem(&self) -> Option<String> {
         match self {
             Self::Builtin { problem, .. } => problem.lock().clone(),
+            Self::Consul(ca) => ca.problem(),
         }
     }
 }

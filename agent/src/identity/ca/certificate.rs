@@ -31,7 +31,7 @@ pub struct CertificateSummary {
 
 impl CertificateSummary {
     /// Parses `certificate`, which was read from `path`.
-    pub(super) fn of(path: &Path, certificate: &CertificateDer<'_>) -> Result<Self, CaError> {
+    pub(crate) fn of(path: &Path, certificate: &CertificateDer<'_>) -> Result<Self, CaError> {
         let parsed = parse(path, certificate)?;
         let validity = parsed.validity();
         let names = parsed.subject_alternative_name().ok().flatten();
