@@ -16,8 +16,9 @@ use std::{
 use rustls::{client::danger::ServerCertVerifier as _, server::danger::ClientCertVerifier as _};
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use sidestep_abi::{
-    Address, Class, Facts, Found, KnownAddress, Origin, PortBe, Ranges, Role,
-    Target as KernelTarget, Verdict, VipKey, VipValue, classify, decide, loopback_spread,
+    Address, Away, Class, Facts, Fallback, Found, Heartbeat, KnownAddress, Origin, PortBe, Ranges,
+    Role, Target as KernelTarget, Verdict, VipKey, VipValue, classify, decide, loopback_spread,
+    may_fall_back,
 };
 
 use crate::{
@@ -209,7 +210,8 @@ pub fn connect_decision(bytes: &[u8]) {
     let (destination, port) = (fields.address(), PortBe(fields.u16()));
     let (service, reachable) = (fields.u64(), fields.byte() % 2 == 1);
     let key = VipKey::new(destination, port);
-    let target = KernelTarget::new(service, reachable);
+    let away = Away(u32::from(fields.byte() % 4));
+    let target = KernelTarget::new(service, reachable, away);
     let whole = VipValue::new(&key, target);
     assert!(whole.is_for(&key));
     let torn = VipValue {
@@ -227,18 +229,31 @@ pub fn connect_decision(bytes: &[u8]) {
         vip: found(fields.byte(), whole),
         address: found(fields.byte(), KnownAddress::listed_ports(&destination)),
         listener: PortBe(fields.u16()),
+        heartbeat: Heartbeat::default(),
+        now_ns: 0,
     };
     if fields.byte() % 2 == 1 && matches!(facts.address, Found::Value(_)) {
-        let any_port = KernelTarget::new(!service, fields.byte() % 2 == 1);
+        let any_port = KernelTarget::new(!service, fields.byte() % 2 == 1, away);
         facts.address = Found::Value(KnownAddress::any_port(&destination, any_port));
     }
+    facts.heartbeat.beat_ns = fields.u64();
+    facts.heartbeat.hung_after_ns = fields.u64();
+    facts.now_ns = fields.u64();
     let verdict = decide(&facts);
-    let may_capture = facts.target().is_some_and(|target| target.reachable == 1)
-        && facts.listener != PortBe(0)
-        && facts.configured
-        && !facts.agent;
+    let is_ours = facts.configured && !facts.agent && facts.target().is_some();
+    let may_capture = is_ours
+        && facts.target().is_some_and(|target| target.reachable == 1)
+        && facts.away().is_none();
     assert!(verdict != Verdict::Captured || may_capture);
-    let goes_on = verdict == Verdict::Captured || verdict.is_refusal();
+    let may_go_around = is_ours && facts.away().is_some_and(Verdict::is_refusal);
+    assert!(!matches!(verdict, Verdict::Fallback | Verdict::PassedOpen) || may_go_around);
+    let to = Fallback::new(service, fields.address(), PortBe(fields.u16()));
+    assert!(to.is_for(service));
+    if may_fall_back(&destination, &to, &ranges) {
+        assert_ne!(classify(&to.endpoint, &ranges), Class::VipRange);
+    }
+    let is_sent = matches!(verdict, Verdict::Captured | Verdict::Fallback);
+    let goes_on = is_sent || verdict.is_refusal();
     assert!(
         facts.class != Class::VipRange || goes_on,
         "{verdict} of a virtual range"

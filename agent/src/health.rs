@@ -18,7 +18,7 @@ use parking_lot::Mutex;
 use tokio::{io::AsyncWriteExt as _, process::Command, time::timeout};
 
 use crate::{
-    datapath::{Captured, ServiceId, VipTarget},
+    datapath::{AwayPolicy, Captured, ServiceId, VipTarget},
     telemetry::log::chain,
 };
 
@@ -49,6 +49,7 @@ pub fn target() -> VipTarget {
     VipTarget {
         service: PROBE,
         reachable: true,
+        away: AwayPolicy::Closed,
     }
 }
 

@@ -185,7 +185,7 @@ fn keys_below(table: &str) -> Option<Vec<String>> {
     const NOT_A_KEY: &str = "not_a_key";
     let header = match table {
         "" => String::new(),
-        "workload" => "[[workload]]\n".to_owned(),
+        "workload" | "away" => format!("[[{table}]]\n"),
         table => format!("[{table}]\n"),
     };
     let error = load(&format!("{header}{NOT_A_KEY} = 1\n"), None).unwrap_err();

@@ -26,8 +26,8 @@ use bpf_tests::{
 };
 use serde_json::{Value, json};
 use sidestep::datapath::{
-    Captured, CgroupId, Datapath, DatapathSettings, FlowEvent, Reconciled, ServiceId, Undesired,
-    Verdict, VipRanges, VipTarget, VipTargets,
+    AwayPolicy, Captured, CgroupId, Datapath, DatapathSettings, FlowEvent, Reconciled, ServiceId,
+    Undesired, Verdict, VipRanges, VipTarget, VipTargets,
     cgroup::id_of_directory,
     listener::{self, CaptureListeners},
     netns::Netns,
@@ -152,6 +152,7 @@ impl Bench {
         let target = |service, reachable| VipTarget {
             service: ServiceId(service),
             reachable,
+            away: AwayPolicy::Closed,
         };
         let vips = [
             (VIP, target(1, true)),
@@ -692,6 +693,7 @@ fn what_is_gone_from_the_catalog_is_gone_from_the_kernel() {
     let target = VipTarget {
         service: ServiceId(1),
         reachable: true,
+        away: AwayPolicy::Closed,
     };
     let one = VipTargets {
         ports: BTreeMap::from([(VIP.parse().unwrap(), target)]),
@@ -754,6 +756,7 @@ fn an_address_goes_from_every_port_to_few_and_back() {
     let target = VipTarget {
         service: ServiceId(8),
         reachable: true,
+        away: AwayPolicy::Closed,
     };
     let any_port = VipTargets {
         any_port: BTreeMap::from([(ANY_PORT.parse().unwrap(), target)]),

@@ -28,8 +28,8 @@ use bpf_tests::{
     wait::{SOON, Stopwatch, wait_for_value},
 };
 use sidestep::datapath::{
-    Captured, Datapath, DatapathSettings, FlowEvent, ServiceId, Undesired, Verdict, VipRanges,
-    VipTarget, VipTargets,
+    AwayPolicy, Captured, Datapath, DatapathSettings, FlowEvent, ServiceId, Undesired, Verdict,
+    VipRanges, VipTarget, VipTargets,
     listener::{self, CaptureListeners},
     netns::Netns,
 };
@@ -158,6 +158,7 @@ fn catalog(network: u8) -> VipTargets {
     let target = VipTarget {
         service: ServiceId(1),
         reachable: true,
+        away: AwayPolicy::Closed,
     };
     let destination = |host| {
         let host = u8::try_from(host).unwrap();

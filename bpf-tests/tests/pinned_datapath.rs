@@ -25,8 +25,8 @@ use bpf_tests::{
     wait::{SOON, wait_for_value},
 };
 use sidestep::datapath::{
-    Attachment, Datapath, DatapathError, DatapathSettings, Reconciled, ServiceId, Undesired,
-    Verdict, VipRanges, VipTarget, VipTargets,
+    Attachment, AwayPolicy, Datapath, DatapathError, DatapathSettings, Reconciled, ServiceId,
+    Undesired, Verdict, VipRanges, VipTarget, VipTargets,
     bpf::{self, CgroupHook},
     listener::{self, CaptureListeners},
     netns::Netns,
@@ -174,6 +174,7 @@ fn catalog(hosts: &[u8]) -> VipTargets {
     let target = VipTarget {
         service: ServiceId(1),
         reachable: true,
+        away: AwayPolicy::Closed,
     };
     let destination = |host: &u8| SocketAddr::from(([240, 0, 0, *host], 80));
     let ports = hosts.iter().map(|host| (destination(host), target));

@@ -40,8 +40,12 @@ pub struct Status {
     pub attachments: Vec<AttachmentStatus>,
     /// Whether connects are captured, found out by doing.
     pub effects: Vec<EffectStatus>,
+    /// How well it shows the programs that it runs.
+    pub heartbeat: HeartbeatStatus,
     /// Capture verdicts by name, since the programs were loaded.
     pub capture: BTreeMap<String, u64>,
+    /// What became of captured connections on their way to the agent, by name, since the programs were loaded.
+    pub hand_over: BTreeMap<String, u64>,
     /// The catalog in use.
     pub catalog: CatalogStatus,
     /// Every service and where it is called.
@@ -67,6 +71,17 @@ pub struct EffectStatus {
     pub captured: Option<bool>,
     /// What happened instead, or why it is not known.
     pub problem: Option<String>,
+}
+
+/// When the programs count the agent as hung.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeartbeatStatus {
+    /// Without a heartbeat for so long, in milliseconds; `None` for never.
+    pub hung_after_ms: Option<u64>,
+    /// The longest time between two heartbeats since the agent started, in milliseconds.
+    pub longest_gap_ms: u64,
+    /// How often that was above the limit.
+    pub hangs: u64,
 }
 
 /// An agent that drains.

@@ -16,7 +16,7 @@ use super::{
     vip::{VipAllocator, VipProblem},
 };
 use crate::{
-    datapath::{ServiceId, VipTarget, VipTargets},
+    datapath::{AwayPolicy, ServiceId, VipTarget, VipTargets},
     stable_hash::fnv1a,
 };
 
@@ -52,10 +52,13 @@ impl Catalog {
     }
 
     /// What the kernel must know: every virtual address and port, whose it is, and whether it can be called.
-    pub fn vip_targets(&self) -> VipTargets {
+    ///
+    /// `away` is what becomes of connects while no agent takes them.
+    pub fn vip_targets(&self, away: &BTreeMap<ServiceName, AwayPolicy>) -> VipTargets {
         let target = |service: &Service| {
             let mut instances = service.instances.iter();
             VipTarget {
+                away: away.get(&service.name).copied().unwrap_or_default(),
                 service: id_of(&service.name),
                 reachable: instances.any(|instance| instance.weight() > 0),
             }
@@ -180,7 +183,14 @@ mod tests {
         let store = store();
         assert!(store.publish(snapshot(&["db", "web"])).is_empty());
         let catalog = store.current();
-        let targets = catalog.vip_targets();
+        let fallback = AwayPolicy::Fallback("192.0.2.9:1".parse().unwrap());
+        let away = BTreeMap::from([("db".parse().unwrap(), fallback)]);
+        let targets = catalog.vip_targets(&away);
+        for target in targets.ports.values() {
+            let is_db = target.service == id_of(&"db".parse().unwrap());
+            let expected = if is_db { fallback } else { AwayPolicy::Closed };
+            assert_eq!(target.away, expected);
+        }
         assert_eq!(
             (targets.ports.len(), targets.any_port.len()),
             (2 * 2 * 2, 0)
@@ -202,7 +212,7 @@ mod tests {
         Arc::make_mut(web).ports = Ports::Any;
         store.publish(snapshot);
         let catalog = store.current();
-        let targets = catalog.vip_targets();
+        let targets = catalog.vip_targets(&BTreeMap::new());
         assert_eq!((targets.ports.len(), targets.any_port.len()), (2 * 2, 2));
         for (name, addresses) in &catalog.addresses {
             for address in addresses {

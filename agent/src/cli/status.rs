@@ -6,7 +6,10 @@ use clap::Args;
 
 use super::{block_on, load_config, output};
 use crate::{
-    admin::{client, status::Status},
+    admin::{
+        client,
+        status::{HeartbeatStatus, Status},
+    },
     telemetry::timestamp::Timestamp,
 };
 
@@ -89,6 +92,7 @@ fn summary(status: &Status) -> String {
             text.push_str(&format!("{what}: {}: {problem}\n", effect.cgroup));
         }
     }
+    text.push_str(&heartbeat(&status.heartbeat));
     if let Some(before) = &status.predecessor {
         text.push_str(&format!(
             "process {} drains, {} connections left\n",
@@ -196,6 +200,25 @@ fn sections(status: &Status, text: &mut String) {
         "connects",
         counted.map(|(verdict, count)| vec![verdict.clone(), count.to_string()]),
     );
+    let counted = status.hand_over.iter().filter(|(_, count)| **count > 0);
+    section(
+        text,
+        "hand-over",
+        counted.map(|(event, count)| vec![event.clone(), count.to_string()]),
+    );
+}
+
+fn heartbeat(heartbeat: &HeartbeatStatus) -> String {
+    let limit = match heartbeat.hung_after_ms {
+        Some(limit) => format!("hung after {limit} ms without"),
+        None => "never counted as hung".to_owned(),
+    };
+    let (gap, hangs) = (heartbeat.longest_gap_ms, heartbeat.hangs);
+    let hangs = match hangs {
+        0 => String::new(),
+        hangs => format!(", WAS HUNG {hangs} times"),
+    };
+    format!("heartbeat: longest gap {gap} ms, {limit}{hangs}\n")
 }
 
 fn ports(ports: Option<&[u16]>) -> String {

@@ -32,9 +32,15 @@ pub(super) fn validate(path: &Path) -> ExitCode {
     }
     // The addresses of this catalog alone: those given out before are the running agent's.
     let (allocator, _no_file) = VipAllocator::new(node::vip_pools(&config), None, Duration::ZERO);
-    for problem in CatalogStore::new(allocator).publish(loaded.snapshot.clone()) {
+    let store = CatalogStore::new(allocator);
+    for problem in store.publish(loaded.snapshot.clone()) {
         wrong = true;
         output::complain(&chain(&problem).to_string());
+    }
+    let pools = node::vip_pools(&config);
+    for problem in node::away_problems(&config.away, &store.current(), pools) {
+        wrong = true;
+        output::complain(&problem);
     }
     if wrong {
         return ExitCode::FAILURE;

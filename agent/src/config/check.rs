@@ -1,19 +1,22 @@
 //! From what the files say to what the agent uses, or everything that is wrong. Touches nothing outside.
 
 use std::{
-    collections::HashMap,
-    net::{IpAddr, Ipv4Addr},
+    collections::{BTreeMap, HashMap},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Component, Path, PathBuf},
     time::Duration,
 };
 
+use sidestep_abi::MAX_FALLBACKS;
+
 use super::{
-    AccessLog, AdminConfig, AgentConfig, CaConfig, CaptureConfig, CatalogConfig, Config,
-    ConfigError, ConfigProblem, FilesConfig, IdentityConfig, LimitsConfig, LogFormat, NodeConfig,
-    SourceConfig, TelemetryConfig, TunnelConfig, WorkloadConfig, WorkloadRule, merge::Merged, raw,
+    AccessLog, AdminConfig, AgentConfig, AwayPolicy, CaConfig, CaptureConfig, CatalogConfig,
+    Config, ConfigError, ConfigProblem, FilesConfig, IdentityConfig, LimitsConfig, LogFormat,
+    NodeConfig, SourceConfig, TelemetryConfig, TunnelConfig, WorkloadConfig, WorkloadRule,
+    merge::Merged, raw,
 };
 use crate::{
-    catalog::model::{IntentionAction, NodeName},
+    catalog::model::{IntentionAction, NodeName, ServiceName},
     telemetry::log,
 };
 
@@ -107,6 +110,7 @@ pub(super) fn check(raw: raw::Config, merged: &Merged) -> Result<Config, ConfigE
         None => check_files(c, files).map(SourceConfig::Files),
     };
     let workloads = workloads(c, raw.workload, &capture.cgroups);
+    let away = away(c, raw.away, &capture);
     let tunnel = tunnel(c, &raw.tunnel, raw.node.address);
     c.expect(tunnel.port != capture.port, "tunnel.port", || {
         format!("{}: expected another port than capture.port", tunnel.port)
@@ -135,6 +139,7 @@ pub(super) fn check(raw: raw::Config, merged: &Merged) -> Result<Config, ConfigE
             catalog: CatalogConfig { vip_quarantine },
             source,
             workloads,
+            away,
             tunnel,
             limits,
             telemetry,
@@ -265,6 +270,10 @@ fn capture(c: &mut Checker<'_>, raw: raw::Capture) -> CaptureConfig {
             format!("{value}: expected 1 to {}", 1 << 24)
         });
     }
+    if let Some(limit) = raw.hung_after.0 {
+        // Five heartbeats.
+        c.at_least("capture.hung_after", limit, Duration::from_secs(1));
+    }
     let pins = (raw.pin_directory.as_os_str() != "off").then_some(raw.pin_directory);
     if let Some(path) = &pins {
         c.expect(path.is_absolute(), "capture.pin_directory", || {
@@ -283,6 +292,7 @@ fn capture(c: &mut Checker<'_>, raw: raw::Capture) -> CaptureConfig {
         max_flows: raw.max_flows,
         pin_directory: pins,
         so_original_dst: raw.so_original_dst,
+        hung_after: raw.hung_after.0,
         debug: raw.debug,
     }
 }
@@ -340,6 +350,66 @@ fn workloads(
         });
     }
     workloads
+}
+
+fn away(
+    c: &mut Checker<'_>,
+    raw: Vec<raw::Away>,
+    capture: &CaptureConfig,
+) -> BTreeMap<ServiceName, AwayPolicy> {
+    c.expect(raw.len() <= MAX_FALLBACKS as usize, "away", || {
+        format!("{} blocks: expected at most {MAX_FALLBACKS}", raw.len())
+    });
+    let mut policies = BTreeMap::new();
+    for (index, entry) in raw.into_iter().enumerate() {
+        let key = format!("away[{index}]");
+        let policy = match (entry.policy, entry.endpoint) {
+            (raw::AwayWord::Closed, None) => AwayPolicy::Closed,
+            (raw::AwayWord::Open, None) => AwayPolicy::Open,
+            (raw::AwayWord::Fallback, Some(endpoint)) => {
+                fallback(c, &format!("{key}.endpoint"), endpoint, capture);
+                AwayPolicy::Fallback(endpoint)
+            }
+            (raw::AwayWord::Fallback, None) => {
+                c.problem(
+                    key,
+                    "no endpoint: expected one with the policy \"fallback\"",
+                );
+                continue;
+            }
+            (raw::AwayWord::Closed | raw::AwayWord::Open, Some(endpoint)) => {
+                let message = format!("{endpoint}: expected only with the policy \"fallback\"");
+                c.problem(format!("{key}.endpoint"), message);
+                continue;
+            }
+        };
+        let service = entry.service.clone();
+        if policies.insert(entry.service, policy).is_some() {
+            c.problem(
+                format!("{key}.service"),
+                format!("\"{service}\": given twice"),
+            );
+        }
+    }
+    policies
+}
+
+/// An endpoint that a connect can be sent to from any namespace, and that is not ours.
+fn fallback(c: &mut Checker<'_>, key: &str, endpoint: SocketAddr, capture: &CaptureConfig) {
+    let address = endpoint.ip().to_canonical();
+    let is_host = match address {
+        // 240.0.0.0/4 belongs to the virtual addresses whatever the range is.
+        IpAddr::V4(v4) => v4.octets()[0] < 224 && !capture.ipv4_range.contains(&v4),
+        // A link-local address means nothing without an interface.
+        IpAddr::V6(v6) => {
+            !v6.is_multicast() && !v6.is_unicast_link_local() && !capture.ipv6_range.contains(&v6)
+        }
+    };
+    let is_ours = address.is_loopback() && endpoint.port() == capture.port;
+    let good = is_host && !address.is_unspecified() && endpoint.port() != 0 && !is_ours;
+    c.expect(good, key, || {
+        format!("{endpoint}: expected a host's address outside the virtual ranges, and a port")
+    });
 }
 
 fn rule(

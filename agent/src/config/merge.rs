@@ -1,4 +1,4 @@
-//! Drop-ins over the main file: tables deep, `[[workload]]` appended, everything else replaced.
+//! Drop-ins over the main file: tables deep, `[[workload]]` and `[[away]]` appended, everything else replaced.
 
 use std::{
     collections::BTreeMap,
@@ -144,7 +144,9 @@ fn overlay(
             (Some(Value::Table(below)), Value::Table(above)) => {
                 overlay(below, above, &key, file, origins);
             }
-            (Some(Value::Array(below)), Value::Array(above)) if key == "workload" => {
+            (Some(Value::Array(below)), Value::Array(above))
+                if matches!(key.as_str(), "workload" | "away") =>
+            {
                 note_elements(&key, below.len(), above.len(), file, origins);
                 below.extend(above);
             }

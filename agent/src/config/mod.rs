@@ -11,6 +11,7 @@ mod raw;
 mod tests;
 
 use std::{
+    collections::BTreeMap,
     fmt,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
@@ -49,6 +50,8 @@ pub struct Config {
     pub source: SourceConfig,
     /// `[[workload]]`, in the order of files and lines.
     pub workloads: Vec<WorkloadConfig>,
+    /// `[[away]]`, by service; those that are not here are closed.
+    pub away: BTreeMap<ServiceName, AwayPolicy>,
     /// `[tunnel]`
     pub tunnel: TunnelConfig,
     /// `[limits]`
@@ -94,6 +97,8 @@ pub struct CaptureConfig {
     pub pin_directory: Option<PathBuf>,
     /// `so_original_dst`: answer `SO_ORIGINAL_DST` on accepted sockets, for other proxies.
     pub so_original_dst: bool,
+    /// `hung_after`: without a heartbeat for so long, the agent counts as away; `"off"` for never.
+    pub hung_after: Option<Duration>,
     /// `debug`: let the eBPF programs log every decision.
     pub debug: bool,
 }
@@ -185,6 +190,18 @@ pub enum WorkloadRule {
     User(u32),
     /// `netns`: those in the network namespace at this file.
     Netns(PathBuf),
+}
+
+/// What becomes of new connects to a service while no agent takes them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum AwayPolicy {
+    /// `closed`: they are refused.
+    #[default]
+    Closed,
+    /// `open`: they go to their destination as if there were no mesh. Only where that is no virtual address.
+    Open,
+    /// `fallback`: they go to this `endpoint`, in plaintext, without identity, whatever the intentions say.
+    Fallback(SocketAddr),
 }
 
 /// `[tunnel]`
@@ -306,12 +323,13 @@ fn from_merged(merged: &merge::Merged) -> Result<Config, ConfigError> {
 impl Config {
     /// The tables in which `new` differs and that only a restart changes.
     ///
-    /// Everything else is taken over by a reload: `[[workload]]`, `[policy]`, `[limits]` but for
+    /// Everything else is taken over by a reload: `[[workload]]`, `[[away]]`, `[policy]`, `[limits]` but for
     /// `max_connections`, the timeouts of `[tunnel]`, `[identity]` but for `trust_domain`, `telemetry.log`,
-    /// `capture.debug`.
+    /// `capture.debug`, `capture.hung_after`.
     pub fn needs_restart(&self, new: &Self) -> Vec<&'static str> {
         let capture = |c: &CaptureConfig| CaptureConfig {
             debug: false,
+            hung_after: None,
             ..c.clone()
         };
         let telemetry = |t: &TelemetryConfig| TelemetryConfig {

@@ -36,6 +36,8 @@ pub(super) struct Config {
     pub(super) policy: Policy,
     #[serde(default, deserialize_with = "workloads")]
     pub(super) workload: Vec<Workload>,
+    #[serde(default, deserialize_with = "away")]
+    pub(super) away: Vec<Away>,
     #[serde(default)]
     pub(super) tunnel: Tunnel,
     #[serde(default)]
@@ -92,6 +94,8 @@ pub(super) struct Capture {
     pub(super) pin_directory: PathBuf,
     #[serde(default)]
     pub(super) so_original_dst: bool,
+    #[serde(default = "hung_after")]
+    pub(super) hung_after: Limit,
     #[serde(default)]
     pub(super) debug: bool,
 }
@@ -124,6 +128,11 @@ fn max_flows() -> u32 {
 
 fn pin_directory() -> PathBuf {
     super::DEFAULT_PIN_DIRECTORY.into()
+}
+
+/// Fifteen heartbeats: an agent that has to wait for a processor is not hung.
+fn hung_after() -> Limit {
+    Limit(Some(Duration::from_secs(3)))
 }
 
 #[derive(Debug, Deserialize)]
@@ -189,6 +198,23 @@ pub(super) struct Workload {
     #[serde(default, deserialize_with = "user")]
     pub(super) user: Option<u32>,
     pub(super) netns: Option<PathBuf>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Away {
+    pub(super) service: ServiceName,
+    pub(super) policy: AwayWord,
+    #[serde(default, deserialize_with = "endpoint")]
+    pub(super) endpoint: Option<SocketAddr>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum AwayWord {
+    Closed,
+    Open,
+    Fallback,
 }
 
 #[derive(Debug, Deserialize)]
@@ -309,6 +335,22 @@ impl<'de> Deserialize<'de> for Span {
     }
 }
 
+/// A [`Span`], or `off` for none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Limit(pub(super) Option<Duration>);
+
+impl<'de> Deserialize<'de> for Limit {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_str(Text {
+            expected: "\"off\" or a duration in quotes, like \"3s\": a whole number and ms, s, m, h or d",
+            parse: |text| match text {
+                "off" => Some(Self(None)),
+                span => parse_span(span).map(|span| Self(Some(span))),
+            },
+        })
+    }
+}
+
 fn parse_span(text: &str) -> Option<Duration> {
     let digits = text.find(|c: char| !c.is_ascii_digit())?;
     let (number, unit) = text.split_at_checked(digits)?;
@@ -327,6 +369,13 @@ fn parse_span(text: &str) -> Option<Duration> {
 fn address<'de, D: Deserializer<'de>>(from: D) -> Result<Option<IpAddr>, D::Error> {
     from.deserialize_str(Text {
         expected: "an IP address in quotes, like \"192.0.2.1\"",
+        parse: |text| text.parse().ok().map(Some),
+    })
+}
+
+fn endpoint<'de, D: Deserializer<'de>>(from: D) -> Result<Option<SocketAddr>, D::Error> {
+    from.deserialize_str(Text {
+        expected: "an address and port in quotes, like \"192.0.2.1:5432\"",
         parse: |text| text.parse().ok().map(Some),
     })
 }
@@ -370,6 +419,10 @@ fn paths<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<PathBuf>, D::Error> {
 
 fn workloads<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Workload>, D::Error> {
     from.deserialize_seq(List::expected("blocks that begin with [[workload]]"))
+}
+
+fn away<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Away>, D::Error> {
+    from.deserialize_seq(List::expected("blocks that begin with [[away]]"))
 }
 
 struct List<T> {

@@ -241,6 +241,84 @@ fn a_rule_that_cannot_work_is_named() {
 }
 
 #[test]
+fn what_becomes_of_calls_while_the_agent_is_away_is_read() {
+    let text = "[capture]\nhung_after = \"5s\"
+[[away]]\nservice = \"db\"\npolicy = \"fallback\"\nendpoint = \"192.0.2.9:5432\"
+[[away]]\nservice = \"web\"\npolicy = \"open\"";
+    let more = "[[away]]\nservice = \"api\"\npolicy = \"closed\"";
+    let (_directory, path) = write(LEAST, &[("10.toml", text), ("20.toml", more)]);
+    let config = load(&path).unwrap();
+    assert_eq!(config.capture.hung_after, Some(Duration::from_secs(5)));
+    let fallback = AwayPolicy::Fallback("192.0.2.9:5432".parse().unwrap());
+    let expected = [
+        ("db", fallback),
+        ("web", AwayPolicy::Open),
+        ("api", AwayPolicy::Closed),
+    ];
+    let expected = expected.map(|(service, policy)| (service.parse().unwrap(), policy));
+    assert_eq!(config.away, expected.into());
+
+    let off = ("10.toml", "[capture]\nhung_after = \"off\"");
+    for (drop_ins, expected) in [(&[off][..], None), (&[], Some(Duration::from_secs(3)))] {
+        let (_directory, path) = write(LEAST, drop_ins);
+        assert_eq!(load(&path).unwrap().capture.hung_after, expected);
+    }
+}
+
+#[test]
+fn a_policy_that_cannot_be_is_named() {
+    let fallback = |endpoint: &str| {
+        format!("[[away]]\nservice = \"db\"\npolicy = \"fallback\"\nendpoint = \"{endpoint}\"")
+    };
+    for endpoint in [
+        "240.0.0.1:80",
+        "255.255.255.255:80",
+        "224.0.0.1:80",
+        "0.0.0.0:80",
+        "[::]:80",
+        "[ff02::1]:80",
+        "[fe80::1]:80",
+        "[::ffff:240.0.0.1]:80",
+        "[fd6b:9c41:7e52::1]:80",
+        "192.0.2.9:0",
+        "127.0.0.1:15001",
+    ] {
+        let expected = format!("away[0].endpoint: {endpoint}: expected a host's address");
+        assert_problems(&[(&fallback(endpoint), &expected)]);
+    }
+    assert_problems(&[
+        (
+            &fallback("db.example:80"),
+            "away[0].endpoint: \"db.example:80\": expected an address and port",
+        ),
+        (
+            "[[away]]\nservice = \"db\"\npolicy = \"fallback\"",
+            "away[0]: no endpoint",
+        ),
+        (
+            "[[away]]\nservice = \"db\"\npolicy = \"open\"\nendpoint = \"192.0.2.9:80\"",
+            "away[0].endpoint: 192.0.2.9:80: expected only with",
+        ),
+        (
+            "[[away]]\nservice = \"db\"\npolicy = \"shut\"",
+            "away[0].policy: unknown variant `shut`, expected one of `closed`, `open`, `fallback`",
+        ),
+        (
+            "[[away]]\nservice = \"db\"\npolicy = \"open\"\n[[away]]\nservice = \"db\"\npolicy = \"closed\"",
+            "away[1].service: \"db\": given twice",
+        ),
+        (
+            "[capture]\nhung_after = \"200ms\"",
+            "capture.hung_after: 200 ms: expected at least 1000 ms",
+        ),
+        (
+            "[capture]\nhung_after = \"never\"",
+            "capture.hung_after: \"never\": expected \"off\" or a duration",
+        ),
+    ]);
+}
+
+#[test]
 fn a_unit_may_be_named_in_short() {
     let rule = "[[workload]]\nservice = \"web\"\nunit = \"web\"";
     let (_directory, path) = write(LEAST, &[("10.toml", rule)]);
@@ -320,6 +398,8 @@ fn only_what_cannot_be_reloaded_needs_a_restart() {
         ["identity.trust_domain"]
     );
     assert_eq!(changed("[capture]\nport = 15002"), ["capture"]);
+    let away = "[capture]\nhung_after = \"off\"\n[[away]]\nservice = \"db\"\npolicy = \"open\"";
+    assert_eq!(changed(away), Vec::<&str>::new());
     assert_eq!(
         changed("[limits]\nmax_connections = 7"),
         ["limits.max_connections"]

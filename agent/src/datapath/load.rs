@@ -34,10 +34,12 @@ static LOGGING_OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sidestep-log.bpf.o"));
 
 /// The maps that outlive the agent. The others, for what it reads as long as it lives, go with it.
-const KEPT_MAPS: [&str; 7] = [
+const KEPT_MAPS: [&str; 9] = [
     "CONFIG",
     "VIPS",
     "ADDRESSES",
+    "FALLBACKS",
+    "HEARTBEAT",
     "LISTENERS",
     "ORIGINS",
     "FLOWS",
@@ -268,6 +270,8 @@ fn take_maps(object: &mut Ebpf) -> Result<Maps, DatapathError> {
         config: take("CONFIG")?,
         vips: take("VIPS")?,
         addresses: take("ADDRESSES")?,
+        fallbacks: take("FALLBACKS")?,
+        heartbeat: take("HEARTBEAT")?,
         listeners: take("LISTENERS")?,
         origins: take("ORIGINS")?,
         flows: take("FLOWS")?,

@@ -14,14 +14,17 @@ pub mod probe;
 
 mod error;
 mod events;
+mod heartbeat;
 mod kernel_log;
 mod links;
 pub mod load;
 mod reconcile;
 mod types;
 
+pub use crate::config::AwayPolicy;
 pub use error::{DatapathError, MapOperation};
 pub use events::{Refused, RefusedEvents};
+pub use heartbeat::HEARTBEAT_PERIOD;
 pub use sidestep_abi::{FlowEvent, Verdict};
 pub use types::{
     Attachment, Captured, CgroupId, DatapathSettings, NetnsCookie, Reconciled, ServiceId,
@@ -64,6 +67,8 @@ struct Maps {
     config: OwnedFd,
     vips: OwnedFd,
     addresses: OwnedFd,
+    fallbacks: OwnedFd,
+    heartbeat: OwnedFd,
     listeners: OwnedFd,
     origins: OwnedFd,
     flows: OwnedFd,

@@ -2,11 +2,12 @@
 
 use std::{collections::BTreeMap, os::fd::AsFd as _};
 
-use sidestep_abi::{Address, KnownAddress, PortBe, Target, VipKey, VipValue};
+use sidestep_abi::{Address, Away, Fallback, KnownAddress, PortBe, Target, VipKey, VipValue};
 
 use super::{
     DatapathError, Maps, Reconciled, Undesired, VipTarget, VipTargets, bpf, error::MapOperation,
 };
+use crate::config::AwayPolicy;
 
 /// Adds and changes first, then deletes: what stays is never missing in between.
 pub(super) fn reconcile(
@@ -35,12 +36,23 @@ pub(super) fn reconcile(
         .map_err(fails("ADDRESSES", MapOperation::Read))?
         .into_iter()
         .collect();
+    let fallbacks = maps.fallbacks.as_fd();
+    let known_fallbacks: BTreeMap<u64, Fallback> = bpf::map_entries(fallbacks)
+        .map_err(fails("FALLBACKS", MapOperation::Read))?
+        .into_iter()
+        .collect();
+    let elsewhere = Difference::between(&known_fallbacks, &wanted_fallbacks(desired));
     let ports = Difference::between(&current, &wanted_vips);
     let hosts = Difference::between(&known, &wanted_addresses);
 
+    // A fallback is there before a service is told to use it, and until after it is not.
     // An address is known before its ports are, and until after they are gone: a connect to a port that
     // is about to come or has just gone is refused, never passed. One whose ports become few is changed after
     // those are there, and one that answers at every port from now on before they go.
+    for written in [&elsewhere.added, &elsewhere.changed] {
+        bpf::map_update_batch(fallbacks, written)
+            .map_err(fails("FALLBACKS", MapOperation::Write))?;
+    }
     bpf::map_update_batch(addresses, &hosts.added)
         .map_err(fails("ADDRESSES", MapOperation::Write))?;
     for written in [&ports.added, &ports.changed] {
@@ -52,6 +64,8 @@ pub(super) fn reconcile(
         bpf::map_delete_batch(vips, &ports.removed).map_err(fails("VIPS", MapOperation::Delete))?;
         bpf::map_delete_batch(addresses, &hosts.removed)
             .map_err(fails("ADDRESSES", MapOperation::Delete))?;
+        bpf::map_delete_batch(fallbacks, &elsewhere.removed)
+            .map_err(fails("FALLBACKS", MapOperation::Delete))?;
     }
     let mut changed = Reconciled::default();
     let any_port = Difference::between(&of_any_port(&known), &of_any_port(&wanted_addresses));
@@ -82,7 +96,26 @@ fn wanted(desired: &VipTargets) -> (BTreeMap<VipKey, VipValue>, BTreeMap<Address
 }
 
 fn in_kernel(target: &VipTarget) -> Target {
-    Target::new(target.service.0, target.reachable)
+    let away = match target.away {
+        AwayPolicy::Closed => Away::CLOSED,
+        AwayPolicy::Open => Away::OPEN,
+        AwayPolicy::Fallback(_) => Away::FALLBACK,
+    };
+    Target::new(target.service.0, target.reachable, away)
+}
+
+fn wanted_fallbacks(desired: &VipTargets) -> BTreeMap<u64, Fallback> {
+    let targets = desired.ports.values().chain(desired.any_port.values());
+    let fallback = |target: &VipTarget| match target.away {
+        AwayPolicy::Closed | AwayPolicy::Open => None,
+        AwayPolicy::Fallback(endpoint) => {
+            let service = target.service.0;
+            let address = Address::from_ip(endpoint.ip());
+            let port = PortBe::from_host(endpoint.port());
+            Some((service, Fallback::new(service, address, port)))
+        }
+    };
+    targets.filter_map(fallback).collect()
 }
 
 fn of_any_port(addresses: &BTreeMap<Address, KnownAddress>) -> BTreeMap<Address, KnownAddress> {

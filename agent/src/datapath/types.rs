@@ -10,6 +10,8 @@ use std::{
 use ipnet::{Ipv4Net, Ipv6Net};
 use sidestep_abi::{Address, Origin, PortBe, Ranges};
 
+use crate::config::AwayPolicy;
+
 macro_rules! number {
     ($(#[$doc:meta])* $name:ident($inner:ty)) => {
         $(#[$doc])*
@@ -78,6 +80,8 @@ pub struct VipTarget {
     pub service: ServiceId,
     /// Whether it has an instance that may be called; if not, connects are refused in the kernel.
     pub reachable: bool,
+    /// What becomes of connects while no agent takes them.
+    pub away: AwayPolicy,
 }
 
 /// What the kernel is to know of virtual addresses.

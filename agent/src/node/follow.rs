@@ -14,7 +14,7 @@ use tokio::{
     time::{Interval, MissedTickBehavior, interval},
 };
 
-use super::{Node, start, supervisor::Watchdog};
+use super::{Node, away, start, supervisor::Watchdog};
 use crate::{
     config::{self, Config, FilesConfig, SourceConfig},
     datapath::{NetnsCookie, Undesired},
@@ -102,7 +102,13 @@ impl Follower {
         } else {
             Undesired::Keep
         };
-        let mut targets = catalog.vip_targets();
+        // A catalog that did not get to the kernel is tried again every second.
+        if !self.behind {
+            for problem in away::problems(&config.away, &catalog, start::vip_pools(&config)) {
+                tracing::error!(problem, "configuration");
+            }
+        }
+        let mut targets = catalog.vip_targets(&config.away);
         for address in health::reserved(config.capture.ipv6_range) {
             targets.ports.insert(address, health::target());
         }
@@ -203,6 +209,7 @@ impl Follower {
         let merged = Config {
             source,
             workloads: new.workloads,
+            away: new.away,
             limits: config::LimitsConfig {
                 max_connections: old.limits.max_connections,
                 ..new.limits
@@ -218,6 +225,7 @@ impl Follower {
             },
             capture: config::CaptureConfig {
                 debug: new.capture.debug,
+                hung_after: new.capture.hung_after,
                 ..old.capture.clone()
             },
             ..(*old).clone()

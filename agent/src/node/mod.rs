@@ -4,7 +4,9 @@
 //! datapath, listeners. What [`start`] builds, [`follow`] keeps up to date and [`status`] describes.
 
 mod authority;
+mod away;
 mod follow;
+mod heartbeat;
 mod next_agent;
 mod source;
 mod start;
@@ -13,6 +15,7 @@ mod supervisor;
 mod well;
 
 pub(crate) use authority::builtin_ca;
+pub(crate) use away::problems as away_problems;
 pub(crate) use source::file_context;
 pub(crate) use start::vip_pools;
 
@@ -99,6 +102,7 @@ struct Node {
     /// The agent that this one took over from, while it drains.
     predecessor: Mutex<Option<PredecessorStatus>>,
     health: Health,
+    heartbeats: heartbeat::Heartbeats,
     /// Where tunnels are taken now.
     tunnel_addresses: Mutex<Vec<std::net::SocketAddr>>,
     local: LocalDomain,
@@ -197,6 +201,9 @@ pub async fn run(
         _ = terminate.recv() => node.shutdown.run("second signal", Duration::ZERO).await,
         _ = interrupt.recv() => node.shutdown.run("second signal", Duration::ZERO).await,
     };
+    if matches!(end, End::Signal(_)) {
+        node.stop_beating();
+    }
     tracing::info!(cut, "stopped");
     node.telemetry.access_log().flush(Duration::from_secs(1));
     Ok(())

@@ -14,6 +14,7 @@ use super::{
     Node, NodeError,
     authority::Authority,
     follow::Follower,
+    heartbeat::{self, Heartbeats},
     source::{Opened, Source},
     status,
 };
@@ -136,6 +137,7 @@ pub(super) async fn start(
         sockets,
         predecessor: Mutex::default(),
         health: Health::default(),
+        heartbeats: Heartbeats::default(),
         tunnel_addresses: Mutex::default(),
         local,
         shutdown,
@@ -158,6 +160,7 @@ fn begin_capture(follower: &mut Follower) -> Result<(), NodeError> {
     node.datapath
         .attach_hand_over()
         .map_err(NodeError::when("attach the eBPF programs"))?;
+    heartbeat::start(&node);
     node.captures
         .open_host()
         .map_err(NodeError::when("capture in the host's network namespace"))?;

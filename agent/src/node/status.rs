@@ -7,16 +7,17 @@ use std::{
     path::PathBuf,
     process::{Command, Stdio},
     sync::Arc,
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
-use super::{Node, next_agent};
+use super::{Node, away, next_agent, start};
 use crate::{
     admin::{
         StatusSource,
         status::{
             AttachmentStatus, CatalogStatus, CertificateStatus, ConnectionCounts, ConnectionStatus,
-            EffectStatus, IntentionStatus, ListenerStatus, ServiceStatus, Status, WorkloadStatus,
+            EffectStatus, HeartbeatStatus, IntentionStatus, ListenerStatus, ServiceStatus, Status,
+            WorkloadStatus,
         },
     },
     catalog::{
@@ -64,7 +65,12 @@ impl StatusSource for Operators {
                 })
                 .collect(),
             effects: effects(node),
+            heartbeat: heartbeat(node),
             capture: verdicts(node)
+                .into_iter()
+                .map(|(name, n)| (name.to_owned(), n))
+                .collect(),
+            hand_over: hand_over(node)
                 .into_iter()
                 .map(|(name, n)| (name.to_owned(), n))
                 .collect(),
@@ -151,6 +157,9 @@ pub(super) fn observe(node: &Node) -> Observations {
     let certificates = node.certificates.status().into_iter();
     Observations {
         capture: verdicts(node),
+        hand_over: hand_over(node),
+        longest_gap: node.heartbeats.so_far().longest_gap,
+        hangs: node.heartbeats.so_far().hangs,
         effective: node.health.is_well(),
         attached_programs: node.datapath.attachments().len() as u64,
         catalog: catalog.published_at.map(|loaded_at| CatalogObservation {
@@ -181,6 +190,29 @@ fn verdicts(node: &Node) -> Vec<(&'static str, u64)> {
             tracing::warn!(error = %chain(&error), "capture counters not read");
             Vec::new()
         }
+    }
+}
+
+fn hand_over(node: &Node) -> Vec<(&'static str, u64)> {
+    match node.datapath.flow_counters() {
+        Ok(counters) => counters
+            .into_iter()
+            .map(|(event, n)| (event.as_str(), n))
+            .collect(),
+        Err(error) => {
+            tracing::warn!(error = %chain(&error), "hand-over counters not read");
+            Vec::new()
+        }
+    }
+}
+
+fn heartbeat(node: &Node) -> HeartbeatStatus {
+    let beaten = node.heartbeats.so_far();
+    let milliseconds = |span: Duration| u64::try_from(span.as_millis()).unwrap_or(u64::MAX);
+    HeartbeatStatus {
+        hung_after_ms: node.config.load().capture.hung_after.map(milliseconds),
+        longest_gap_ms: milliseconds(beaten.longest_gap),
+        hangs: beaten.hangs,
     }
 }
 
@@ -299,10 +331,13 @@ fn since(then: SystemTime) -> u64 {
     then.elapsed().unwrap_or_default().as_secs()
 }
 
-/// What is wrong with the catalog's sources, and with bringing it to the kernel.
+/// What is wrong with the catalog's sources, with bringing it to the kernel, and with what is configured for it.
 fn problems(node: &Node) -> Vec<String> {
     let mut problems = node.catalog_problems.lock().clone();
     problems.extend(node.kernel_problem.lock().clone());
+    let (config, catalog) = (node.config.load(), node.catalog.current());
+    let ranges = start::vip_pools(&config);
+    problems.extend(away::problems(&config.away, &catalog, ranges));
     problems
 }
 

@@ -95,6 +95,12 @@ metrics! {
         "Time of the TLS handshake, failed ones left out";
     CAPTURE_VERDICTS: "sidestep_capture_verdicts_total", Counter, ["verdict"],
         "What the eBPF programs decided about connects";
+    HAND_OVER_EVENTS: "sidestep_hand_over_events_total", Counter, ["event"],
+        "What became of captured connections on their way to the agent, and of questions about them";
+    HEARTBEAT_GAP: "sidestep_heartbeat_longest_gap_seconds", Gauge, [],
+        "The longest time between two heartbeats since the agent started";
+    HANGS: "sidestep_hangs_total", Counter, [],
+        "Times that a heartbeat came later than `capture.hung_after`";
     UNCAPTURED: "sidestep_uncaptured_connections_total", Counter, [],
         "Connections made to a capture listener directly, and reset";
     ACCEPT_ERRORS: "sidestep_accept_errors_total", Counter, ["direction"],

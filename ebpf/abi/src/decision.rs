@@ -2,7 +2,7 @@
 
 use crate::{
     address::{Address, PortBe},
-    maps::{KnownAddress, Target, VipValue, digest_of, mix},
+    maps::{Away, Fallback, Heartbeat, KnownAddress, Target, VipValue, digest_of, mix},
     verdict::Verdict,
 };
 
@@ -60,6 +60,10 @@ pub struct Facts {
     /// The port of the agent's listener in the socket's network namespace, from `LISTENERS`, or 0; need not
     /// be looked up if there is no [`Self::target`].
     pub listener: PortBe,
+    /// From `HEARTBEAT`; need not be looked up if there is no `listener`.
+    pub heartbeat: Heartbeat,
+    /// `CLOCK_MONOTONIC` in nanoseconds, for `heartbeat`.
+    pub now_ns: u64,
 }
 
 impl Facts {
@@ -70,6 +74,18 @@ impl Facts {
             (Found::Value(vip), _) => Some(vip.target),
             (Found::Absent, Found::Value(known)) if known.any_port != 0 => Some(known.target),
             _ => None,
+        }
+    }
+
+    /// Why no agent takes a connect from here: none listens in the namespace, or the one that does is hung.
+    #[inline(always)]
+    pub const fn away(&self) -> Option<Verdict> {
+        if self.listener.0 == 0 {
+            Some(Verdict::RefusedNetns)
+        } else if self.heartbeat.is_late(self.now_ns) {
+            Some(Verdict::RefusedHung)
+        } else {
+            None
         }
     }
 }
@@ -115,7 +131,8 @@ const fn in_v6_range(address: &Address, ranges: &Ranges) -> bool {
 
 /// Decides about a TCP connect. Other protocols pass before this is asked.
 ///
-/// [`Verdict::Captured`] comes only with a [`Facts::target`] and a `listener`.
+/// [`Verdict::Captured`] and [`Verdict::Fallback`] come only with a [`Facts::target`], the first with a `listener`, the
+/// second with a reason in [`Facts::away`], which is the verdict if [`may_fall_back`] says no.
 #[inline(always)]
 pub const fn decide(facts: &Facts) -> Verdict {
     let in_range = match facts.class {
@@ -143,13 +160,29 @@ pub const fn decide(facts: &Facts) -> Verdict {
             Verdict::PassedAgent
         };
     }
-    match (facts.target(), &facts.address) {
-        (Some(target), _) if target.reachable == 0 => Verdict::RefusedNoEndpoint,
-        (Some(_), _) if facts.listener.0 == 0 => Verdict::RefusedNetns,
-        (Some(_), _) => Verdict::Captured,
-        (None, Found::Value(_)) => Verdict::RefusedUnknownPort,
-        (None, Found::Absent | Found::Torn) => Verdict::RefusedUnknownVip,
+    let Some(target) = facts.target() else {
+        return match facts.address {
+            Found::Value(_) => Verdict::RefusedUnknownPort,
+            Found::Absent | Found::Torn => Verdict::RefusedUnknownVip,
+        };
+    };
+    match (facts.away(), target.away) {
+        // Whatever the map says: nothing but the mesh answers at an address of a virtual range.
+        (Some(_), Away::OPEN) if !in_range => Verdict::PassedOpen,
+        (Some(_), Away::FALLBACK) => Verdict::Fallback,
+        (Some(refusal), _) => refusal,
+        // The agent is there, and what it knows of the service is no excuse to go around it.
+        (None, _) if target.reachable == 0 => Verdict::RefusedNoEndpoint,
+        (None, _) => Verdict::Captured,
     }
+}
+
+/// Whether a connect to `destination` may go to a fallback: not one of a virtual range, and an IPv4 socket can only
+/// go to an IPv4 address.
+#[inline(always)]
+pub const fn may_fall_back(destination: &Address, to: &Fallback, ranges: &Ranges) -> bool {
+    let fits = to.endpoint.v4_word().is_some() || destination.v4_word().is_none();
+    fits && to.port.0 != 0 && !matches!(classify(&to.endpoint, ranges), Class::VipRange)
 }
 
 /// The loopback address that stands for an IPv4 destination: 127.a.b.c with a and c in 1..=254,

@@ -19,9 +19,10 @@ pub mod verdict;
 mod user;
 
 pub use address::{Address, PortBe};
-pub use decision::{Class, Facts, Found, Ranges, classify, decide, loopback_spread};
+pub use decision::{Class, Facts, Found, Ranges, classify, decide, loopback_spread, may_fall_back};
 pub use maps::{
-    Config, FlowKey, KnownAddress, ListenerKey, Origin, Refusal, Role, Target, VipKey, VipValue,
+    Away, Config, Fallback, FlowKey, Heartbeat, KnownAddress, ListenerKey, Origin, Refusal, Role,
+    Target, VipKey, VipValue,
 };
 pub use verdict::{FlowEvent, Verdict};
 
@@ -29,7 +30,10 @@ pub use verdict::{FlowEvent, Verdict};
 pub const ABI_VERSION: u32 = 3;
 
 /// How many slots the per-CPU counter map has: verdicts first, then flow events.
-pub const COUNTERS: u32 = 32;
+pub const COUNTERS: u32 = 64;
+
+/// How many services may have a fallback: room in the map is for two sets of them, the new one is written first.
+pub const MAX_FALLBACKS: u32 = 1024;
 
 #[cfg(test)]
 mod tests;

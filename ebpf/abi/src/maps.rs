@@ -35,6 +35,22 @@ impl VipKey {
     }
 }
 
+/// What becomes of a connect to a service while no agent takes it.
+///
+/// Not an enum: it is read from memory which a program may find torn. What is none of these is closed.
+#[repr(transparent)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Away(pub u32);
+
+impl Away {
+    /// It is refused.
+    pub const CLOSED: Self = Self(0);
+    /// It goes to its destination as if there were no mesh. Never for an address of a virtual range.
+    pub const OPEN: Self = Self(1);
+    /// It goes to the service's endpoint in the map `FALLBACKS`.
+    pub const FALLBACK: Self = Self(2);
+}
+
 /// Which service answers at a virtual address. Part of the values of `VIPS` and `ADDRESSES`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -43,25 +59,26 @@ pub struct Target {
     pub service: u64,
     /// 1 if the service has an instance that may be called, 0 if not.
     pub reachable: u32,
-    /// Zero.
-    pub zero: u32,
+    /// What becomes of connects while no agent takes them.
+    pub away: Away,
 }
 
 impl Target {
     /// The service with this number.
     #[inline(always)]
-    pub const fn new(service: u64, reachable: bool) -> Self {
+    pub const fn new(service: u64, reachable: bool, away: Away) -> Self {
         Self {
             service,
             reachable: reachable as u32,
-            zero: 0,
+            away,
         }
     }
 
     /// Seals the content, beginning from what seals the key.
     #[inline(always)]
     const fn seal(&self, state: u64) -> u64 {
-        mix(mix(state, self.service), self.reachable as u64)
+        let rest = ((self.away.0 as u64) << 32) | self.reachable as u64;
+        mix(mix(state, self.service), rest)
     }
 }
 
@@ -111,7 +128,7 @@ impl KnownAddress {
     /// A value sealed for `address`, of which only the ports in `VIPS` answer.
     #[inline(always)]
     pub const fn listed_ports(address: &Address) -> Self {
-        Self::sealed(address, Target::new(0, false), 0)
+        Self::sealed(address, Target::new(0, false, Away::CLOSED), 0)
     }
 
     /// A value sealed for `address`, of which every port answers.
@@ -139,6 +156,65 @@ impl KnownAddress {
     #[inline(always)]
     const fn seal(address: &Address, target: &Target, any_port: u32) -> u64 {
         target.seal(mix(digest_of(address), any_port as u64))
+    }
+}
+
+/// Value of the map `FALLBACKS`, whose keys are numbers of services: where connects go while no agent takes them.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Fallback {
+    /// The endpoint's address.
+    pub endpoint: Address,
+    /// Its port.
+    pub port: PortBe,
+    /// Zero.
+    pub zero: [u16; 3],
+    /// Seals key and content.
+    pub check: u64,
+}
+
+impl Fallback {
+    /// A value sealed for the service with this number.
+    #[inline(always)]
+    pub const fn new(service: u64, endpoint: Address, port: PortBe) -> Self {
+        Self {
+            endpoint,
+            port,
+            zero: [0; 3],
+            check: Self::seal(service, &endpoint, port),
+        }
+    }
+
+    /// Whether this value was written for this service and is whole.
+    #[inline(always)]
+    pub const fn is_for(&self, service: u64) -> bool {
+        self.check == Self::seal(service, &self.endpoint, self.port)
+    }
+
+    #[inline(always)]
+    const fn seal(service: u64, endpoint: &Address, port: PortBe) -> u64 {
+        mix(mix(digest_of(endpoint), service), port.0 as u64)
+    }
+}
+
+/// The only value of the map `HEARTBEAT`: when the agent last showed that it runs.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Heartbeat {
+    /// `CLOCK_MONOTONIC` in nanoseconds; 0 if it never did or has stopped.
+    pub beat_ns: u64,
+    /// How old that may be before the agent counts as hung; 0 if it never does.
+    pub hung_after_ns: u64,
+}
+
+impl Heartbeat {
+    /// Whether the agent counts as hung at `now_ns`, of the same clock.
+    #[inline(always)]
+    pub const fn is_late(&self, now_ns: u64) -> bool {
+        // A beat of another processor may be younger than `now_ns`.
+        self.hung_after_ns != 0
+            && now_ns > self.beat_ns
+            && now_ns - self.beat_ns > self.hung_after_ns
     }
 }
 
@@ -211,12 +287,14 @@ impl Role {
     pub const CLIENT: Self = Self(1);
     /// The agent's socket.
     pub const ACCEPTED: Self = Self(2);
+    /// The application's socket, connected to the service's fallback. No agent knows of it.
+    pub const FALLBACK: Self = Self(3);
 }
 
 /// Set in [`Origin::flags`] if we switched the socket's state callback on, so that we switch it off.
 pub const STATE_CALLBACK_ARMED: u16 = 1;
 
-/// Value of the map `ORIGINS` (socket storage, both ends) and of `FLOWS`: what was captured and whose it is.
+/// Value of the map `ORIGINS` (socket storage, both ends) and of `FLOWS`: what was sent elsewhere and whose it is.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Origin {
@@ -326,6 +404,8 @@ assert_layout! {
     VipValue: 24, 8;
     Target: 16, 8;
     KnownAddress: 32, 8;
+    Fallback: 32, 8;
+    Heartbeat: 16, 8;
     ListenerKey: 16, 8;
     FlowKey: 48, 8;
     Origin: 104, 8;

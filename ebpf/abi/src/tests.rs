@@ -9,8 +9,8 @@ use std::{
 use proptest::prelude::*;
 
 use crate::{
-    Address, Class, Facts, FlowEvent, Found, KnownAddress, PortBe, Ranges, Target, Verdict, VipKey,
-    VipValue, classify, decide, loopback_spread,
+    Address, Away, Class, Facts, Fallback, FlowEvent, Found, Heartbeat, KnownAddress, PortBe,
+    Ranges, Target, Verdict, VipKey, VipValue, classify, decide, loopback_spread, may_fall_back,
 };
 
 fn address(text: &str) -> Address {
@@ -65,6 +65,8 @@ fn facts(class: Class) -> Facts {
         vip: Found::Absent,
         address: Found::Absent,
         listener: PortBe(0),
+        heartbeat: Heartbeat::default(),
+        now_ns: 0,
     }
 }
 
@@ -72,11 +74,17 @@ fn facts(class: Class) -> Facts {
 #[expect(clippy::too_many_lines, reason = "a table")]
 fn every_situation_has_its_verdict() {
     let key = VipKey::new(address("240.0.0.5"), PortBe::from_host(80));
-    let vip = Found::Value(VipValue::new(&key, Target::new(1, true)));
-    let sick = Found::Value(VipValue::new(&key, Target::new(1, false)));
+    let vip = Found::Value(VipValue::new(&key, Target::new(1, true, Away::CLOSED)));
+    let sick = Found::Value(VipValue::new(&key, Target::new(1, false, Away::CLOSED)));
     let known = Found::Value(KnownAddress::listed_ports(&key.address));
-    let any = Found::Value(KnownAddress::any_port(&key.address, Target::new(2, true)));
-    let sick_any = Found::Value(KnownAddress::any_port(&key.address, Target::new(2, false)));
+    let any = Found::Value(KnownAddress::any_port(
+        &key.address,
+        Target::new(2, true, Away::CLOSED),
+    ));
+    let sick_any = Found::Value(KnownAddress::any_port(
+        &key.address,
+        Target::new(2, false, Away::CLOSED),
+    ));
     let listener = PortBe::from_host(15_001);
     let range = facts(Class::VipRange);
     let other = facts(Class::Other);
@@ -232,6 +240,86 @@ fn every_situation_has_its_verdict() {
 }
 
 #[test]
+fn an_agent_that_is_away_is_answered_by_the_policy() {
+    let closed = [Verdict::RefusedNetns, Verdict::RefusedHung];
+    for (away, class, answers) in [
+        (Away::CLOSED, Class::Other, closed),
+        (Away::CLOSED, Class::VipRange, closed),
+        (Away(3), Class::Other, closed),
+        (Away::OPEN, Class::Other, [Verdict::PassedOpen; 2]),
+        (Away::OPEN, Class::VipRange, closed),
+        (Away::FALLBACK, Class::Other, [Verdict::Fallback; 2]),
+        (Away::FALLBACK, Class::VipRange, [Verdict::Fallback; 2]),
+    ] {
+        for reachable in [false, true] {
+            assert_away(class, Target::new(1, reachable, away), answers);
+        }
+    }
+}
+
+fn assert_away(class: Class, target: Target, [if_gone, if_hung]: [Verdict; 2]) {
+    let key = VipKey::new(address("10.97.0.1"), PortBe::from_host(80));
+    let listed = Facts {
+        vip: Found::Value(VipValue::new(&key, target)),
+        ..facts(class)
+    };
+    let any_port = Facts {
+        address: Found::Value(KnownAddress::any_port(&key.address, target)),
+        ..facts(class)
+    };
+    // That no instance is there is the agent's answer, and it may not be there to give it.
+    let (if_there, if_own) = match (target.reachable, class) {
+        (0, Class::VipRange) => (Verdict::RefusedNoEndpoint, Verdict::RefusedAgent),
+        (0, _) => (Verdict::RefusedNoEndpoint, Verdict::PassedAgent),
+        (_, Class::VipRange) => (Verdict::Captured, Verdict::RefusedAgent),
+        (_, _) => (Verdict::Captured, Verdict::PassedAgent),
+    };
+    let listener = PortBe::from_host(15_001);
+    for (listener, now_ns, verdict) in [
+        (listener, 1_500, if_there),
+        (listener, 1_501, if_hung),
+        (PortBe(0), 0, if_gone),
+    ] {
+        for found in [listed, any_port] {
+            let facts = Facts {
+                listener,
+                heartbeat: Heartbeat {
+                    beat_ns: 1_000,
+                    hung_after_ns: 500,
+                },
+                now_ns,
+                ..found
+            };
+            assert_eq!(decide(&facts), verdict, "{facts:?}");
+            let own = Facts {
+                agent: true,
+                ..facts
+            };
+            assert_eq!(decide(&own), if_own, "{own:?}");
+        }
+    }
+}
+
+#[test]
+fn a_fallback_must_fit_the_socket_and_be_no_virtual_address() {
+    for (destination, endpoint, port, expected) in [
+        ("240.0.0.5", "192.0.2.9", 80, true),
+        ("240.0.0.5", "127.0.0.1", 80, true),
+        ("fd00:1::5", "2001:db8::9", 80, true),
+        ("fd00:1::5", "192.0.2.9", 80, true),
+        ("240.0.0.5", "2001:db8::9", 80, false),
+        ("240.0.0.5", "240.0.0.6", 80, false),
+        ("240.0.0.5", "10.96.0.6", 80, false),
+        ("fd00:1::5", "fd00:1::6", 80, false),
+        ("240.0.0.5", "192.0.2.9", 0, false),
+    ] {
+        let to = Fallback::new(1, address(endpoint), PortBe::from_host(port));
+        let may = may_fall_back(&address(destination), &to, &ranges());
+        assert_eq!(may, expected, "{destination} to {endpoint} port {port}");
+    }
+}
+
+#[test]
 fn refusals_and_only_refusals_have_an_errno() {
     for verdict in Verdict::ALL {
         assert_eq!(
@@ -302,6 +390,42 @@ proptest! {
     }
 
     #[test]
+    fn class_e_never_goes_out_whatever_the_maps_say(
+        bits in 0xf000_0000_u32..u32::MAX, target in target(), listener: u16, beat_ns: u64, hung_after_ns: u64, now_ns: u64,
+    ) {
+        let key = VipKey::new(Address::from_ip(IpAddr::V4(Ipv4Addr::from_bits(bits))), PortBe(80));
+        let class = classify(&key.address, &Ranges::default());
+        let verdict = decide(&Facts {
+            vip: Found::Value(VipValue::new(&key, target)),
+            listener: PortBe(listener),
+            heartbeat: Heartbeat { beat_ns, hung_after_ns },
+            now_ns,
+            ..facts(class)
+        });
+        let is_sent = matches!(verdict, Verdict::Captured | Verdict::Fallback);
+        prop_assert!(is_sent || verdict.is_refusal(), "{verdict}");
+    }
+
+    #[test]
+    fn a_heartbeat_is_late_once_and_stays_so(beat_ns: u64, hung_after_ns in 1_u64.., now_ns: u64, later: u64) {
+        let heartbeat = Heartbeat { beat_ns, hung_after_ns };
+        let expected = u128::from(now_ns) > u128::from(beat_ns) + u128::from(hung_after_ns);
+        prop_assert_eq!(heartbeat.is_late(now_ns), expected);
+        prop_assert!(!expected || heartbeat.is_late(now_ns.saturating_add(later)));
+        let without_limit = Heartbeat { hung_after_ns: 0, ..heartbeat };
+        prop_assert!(!without_limit.is_late(now_ns));
+    }
+
+    #[test]
+    fn a_fallback_of_another_service_is_not_taken(service: u64, other: u64, bits: u32, port: u16) {
+        let to = Fallback::new(service, Address::from_v4_word(bits), PortBe(port));
+        prop_assert!(to.is_for(service));
+        prop_assert!(service == other || !to.is_for(other));
+        let torn = Fallback { port: PortBe(port.wrapping_add(1)), ..to };
+        prop_assert!(!torn.is_for(service));
+    }
+
+    #[test]
     fn loopback_is_never_captured(low in 0_u32..=0x00ff_ffff) {
         let destination = Address::from_ip(IpAddr::V4(Ipv4Addr::from_bits(0x7f00_0000 | low)));
         prop_assert_eq!(classify(&destination, &ranges()), Class::Loopback);
@@ -362,20 +486,30 @@ proptest! {
         let facts = Facts { vip, address: Found::Value(address), ..facts(Class::Other) };
         let expected = if is_listed { Some(exact) } else { has_any_port.then_some(any) };
         prop_assert_eq!(facts.target(), expected);
-        // Without a listener nothing is captured, and what belongs to the mesh is never passed.
-        prop_assert!(decide(&facts).is_refusal());
+        // Without a listener nothing is captured, and only a policy lets through what belongs to the mesh.
+        let policy = expected.map_or(Away::CLOSED, |target| target.away);
+        let verdict = decide(&facts);
+        match policy {
+            Away::OPEN => prop_assert_eq!(verdict, Verdict::PassedOpen),
+            Away::FALLBACK => prop_assert_eq!(verdict, Verdict::Fallback),
+            _ => prop_assert!(verdict.is_refusal()),
+        }
     }
 }
 
 fn target() -> impl Strategy<Value = Target> {
-    any::<(u64, bool)>().prop_map(|(service, reachable)| Target::new(service, reachable))
+    any::<(u64, bool, u8)>().prop_map(|(service, reachable, away)| {
+        Target::new(service, reachable, Away(u32::from(away % 4)))
+    })
 }
 
 /// As a reader may find it while it is written.
-fn torn(target: Target) -> [Target; 2] {
+fn torn(target: Target) -> [Target; 3] {
     let service = target.service.wrapping_add(1);
     let reachable = 1 - target.reachable;
+    let away = Away(target.away.0 ^ 1);
     [
+        Target { away, ..target },
         Target { service, ..target },
         Target {
             reachable,

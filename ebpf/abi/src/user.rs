@@ -3,7 +3,8 @@
 #![expect(unsafe_code, reason = "a promise about layouts, which `maps` asserts")]
 
 use crate::{
-    Address, Config, FlowKey, KnownAddress, ListenerKey, Origin, Refusal, VipKey, VipValue,
+    Address, Config, Fallback, FlowKey, Heartbeat, KnownAddress, ListenerKey, Origin, Refusal,
+    VipKey, VipValue,
 };
 
 macro_rules! pod {
@@ -18,7 +19,9 @@ macro_rules! pod {
 pod!(
     Address,
     Config,
+    Fallback,
     FlowKey,
+    Heartbeat,
     KnownAddress,
     ListenerKey,
     Origin,

@@ -86,6 +86,12 @@ counted! {
         RefusedUnconfigured = 13, "refused_unconfigured";
         /// The kernel gave no socket to remember the destination on.
         RefusedNoSocket = 14, "refused_no_socket";
+        /// No agent takes it, and the service is open then.
+        PassedOpen = 15, "passed_open";
+        /// No agent takes it, and it was sent to the service's fallback.
+        Fallback = 16, "fallback";
+        /// The agent listens, but has not shown that it runs for too long.
+        RefusedHung = 17, "refused_hung";
     }
 }
 
@@ -104,7 +110,9 @@ impl Verdict {
             | Self::PassedOther
             | Self::PassedLoopback
             | Self::PassedProtocol
-            | Self::PassedAgent => 0,
+            | Self::PassedAgent
+            | Self::PassedOpen
+            | Self::Fallback => 0,
             Self::RefusedUnknownVip | Self::RefusedAgent => EHOSTUNREACH,
             Self::RefusedUnknownPort
             | Self::RefusedNoEndpoint
@@ -113,36 +121,37 @@ impl Verdict {
             | Self::RefusedTorn
             | Self::RefusedDevice
             | Self::RefusedUnconfigured
-            | Self::RefusedNoSocket => ECONNREFUSED,
+            | Self::RefusedNoSocket
+            | Self::RefusedHung => ECONNREFUSED,
         }
     }
 }
 
 counted! {
     /// What became of the hand-over from the application's socket to the agent's, and of questions about it.
-    FlowEvent starts at 16 {
+    FlowEvent starts at 32 {
         /// Published as the SYN was about to leave.
-        Published = 16, "published";
+        Published = 32, "published";
         /// Moved to the accepted socket.
-        Moved = 17, "moved";
+        Moved = 33, "moved";
         /// Removed with the application's socket: nobody accepted.
-        Removed = 18, "removed";
+        Removed = 34, "removed";
         /// Not published: the map is full. The agent closes the connection.
-        Full = 19, "full";
+        Full = 35, "full";
         /// Not published: the socket connects elsewhere than it was sent.
-        Stale = 20, "stale";
+        Stale = 36, "stale";
         /// Not moved: no memory for the accepted socket. The agent closes the connection.
-        MoveFailed = 21, "move_failed";
+        MoveFailed = 37, "move_failed";
         /// `getpeername()` answered with the original destination.
-        PeerShown = 22, "peer_shown";
+        PeerShown = 38, "peer_shown";
         /// `SO_ORIGINAL_DST` answered.
-        DestinationShown = 23, "destination_shown";
+        DestinationShown = 39, "destination_shown";
         /// A refusal was not reported: the ring buffer is full.
-        ReportLost = 24, "report_lost";
+        ReportLost = 40, "report_lost";
     }
 }
 
 const _: () = assert!(
-    Verdict::ALL.len() <= 16,
-    "the slots from 16 on are for flow events"
+    Verdict::ALL.len() <= 32,
+    "the slots from 32 on are for flow events"
 );

@@ -5,8 +5,8 @@
 
 use aya_ebpf::helpers::generated::{bpf_get_current_ancestor_cgroup_id, bpf_ktime_get_ns};
 use sidestep_abi::{
-    ABI_VERSION, Address, Class, Config, Facts, Found, ListenerKey, Origin, PortBe, Role, Target, Verdict,
-    VipKey, classify, decide, loopback_spread,
+    ABI_VERSION, Address, Class, Config, Facts, Found, Heartbeat, ListenerKey, Origin, PortBe, Role, Target, Verdict,
+    VipKey, classify, decide, loopback_spread, may_fall_back,
 };
 
 use crate::{
@@ -39,13 +39,16 @@ pub fn handle(context: SockAddr, destination: Address) -> Step {
     let port = context.port();
     let facts = look_up(context, &destination, port);
     let mut verdict = decide(&facts);
-    let mut rewritten = Address::default();
+    let mut rewritten = (Address::default(), facts.listener);
     match (verdict, facts.target()) {
         (Verdict::Captured, Some(target)) => {
-            match capture(context, &destination, port, &target, facts.listener) {
-                Ok(address) => rewritten = address,
+            match capture(context, &destination, port, &target, &facts) {
+                Ok(address) => rewritten.0 = address,
                 Err(refusal) => verdict = refusal,
             }
+        }
+        (Verdict::Fallback, Some(target)) => {
+            verdict = fall_back(context, &destination, port, &target, &facts, &mut rewritten);
         }
         _ => {
             if let Err(refusal) = let_go(context) {
@@ -61,7 +64,7 @@ pub fn handle(context: SockAddr, destination: Address) -> Step {
         return Step::Refuse;
     }
     match verdict {
-        Verdict::Captured => Step::Rewrite(rewritten, facts.listener),
+        Verdict::Captured | Verdict::Fallback => Step::Rewrite(rewritten.0, rewritten.1),
         _ => Step::Pass,
     }
 }
@@ -76,6 +79,8 @@ fn look_up(context: SockAddr, destination: &Address, port: PortBe) -> Facts {
         vip: Found::Absent,
         address: Found::Absent,
         listener: PortBe(0),
+        heartbeat: Heartbeat::default(),
+        now_ns: 0,
     };
     let Some(config) = maps::config() else {
         // Cannot be: the map has one element. 240/4 stays closed even so.
@@ -93,6 +98,9 @@ fn look_up(context: SockAddr, destination: &Address, port: PortBe) -> Facts {
     }
     if facts.target().is_some() {
         facts.listener = maps::listener(&ListenerKey::new(context.netns(), destination));
+        facts.heartbeat = maps::heartbeat();
+        // SAFETY: takes nothing.
+        facts.now_ns = unsafe { bpf_ktime_get_ns() };
     }
     let is_ours = matches!(facts.class, Class::VipRange)
         || !matches!((facts.vip, facts.address), (Found::Absent, Found::Absent));
@@ -115,7 +123,7 @@ fn capture(
     destination: &Address,
     port: PortBe,
     target: &Target,
-    listener: PortBe,
+    facts: &Facts,
 ) -> Result<Address, Verdict> {
     let Some(socket) = context.socket() else {
         return Err(Verdict::RefusedNoSocket);
@@ -135,13 +143,12 @@ fn capture(
         destination: *destination,
         rewritten,
         destination_port: port,
-        rewritten_port: listener,
+        rewritten_port: facts.listener,
         service: target.service,
         cgroup: caller.cgroup,
         netns: context.netns(),
         socket_cookie: context.socket_cookie(),
-        // SAFETY: takes nothing.
-        stamped_ns: unsafe { bpf_ktime_get_ns() },
+        stamped_ns: facts.now_ns,
         check: 0,
         uid: caller.uid,
         process: caller.process,
@@ -159,6 +166,53 @@ fn capture(
         return Err(Verdict::RefusedDevice);
     }
     Ok(rewritten)
+}
+
+/// Remembers the destination on the socket, for `getpeername()` alone, and writes to `rewritten` where the service is
+/// reached while no agent takes connects to it. Returns the verdict after all: not a result, whose payload would be
+/// undefined in one case.
+#[inline(always)]
+fn fall_back(
+    context: SockAddr,
+    destination: &Address,
+    port: PortBe,
+    target: &Target,
+    facts: &Facts,
+    rewritten: &mut (Address, PortBe),
+) -> Verdict {
+    // Forgets whatever else was on the socket, and gives it back the interface that it was bound to.
+    if let Err(refusal) = let_go(context) {
+        return refusal;
+    }
+    // The decision found a reason; the other is never taken.
+    let refusal = facts.away().unwrap_or(Verdict::RefusedNetns);
+    let Some(config) = maps::config() else {
+        return refusal;
+    };
+    let Found::Value(to) = maps::fallback(target.service) else {
+        return refusal;
+    };
+    if !may_fall_back(destination, &to, &config.ranges) {
+        return refusal;
+    }
+    let Some(socket) = context.socket() else {
+        return Verdict::RefusedNoSocket;
+    };
+    let origin = Origin {
+        destination: *destination,
+        rewritten: to.endpoint,
+        destination_port: port,
+        rewritten_port: to.port,
+        service: target.service,
+        stamped_ns: facts.now_ns,
+        role: Role::FALLBACK,
+        ..Origin::default()
+    };
+    if !origins::remember(socket, &origin) {
+        return Verdict::RefusedStorage;
+    }
+    *rewritten = (to.endpoint, to.port);
+    Verdict::Fallback
 }
 
 /// Leaves the socket as if it had never been captured.

@@ -23,7 +23,8 @@ pub fn sidestep_peer4(context: SockAddrContext) -> i32 {
 #[inline(always)]
 pub fn shown_peer(context: SockAddr, peer: Address) -> Option<(Address, PortBe)> {
     let origin = origins::of(context.socket()?)?;
-    let fits = origin.role == Role::CLIENT
+    let is_application = origin.role == Role::CLIENT || origin.role == Role::FALLBACK;
+    let fits = is_application
         && origin.rewritten == peer
         && origin.rewritten_port == context.port();
     if !fits {

@@ -13,8 +13,8 @@ use aya_ebpf::{
     maps::{Array, HashMap, PerCpuArray, RingBuf, SockHash},
 };
 use sidestep_abi::{
-    Address, COUNTERS, Config, FlowKey, Found, KnownAddress, ListenerKey, Origin, PortBe, VipKey,
-    VipValue,
+    Address, COUNTERS, Config, Fallback, FlowKey, Found, Heartbeat, KnownAddress, ListenerKey,
+    MAX_FALLBACKS, Origin, PortBe, VipKey, VipValue,
 };
 
 /// Sizes of maps that the agent sets from its configuration when it loads the object.
@@ -32,6 +32,15 @@ static VIPS: HashMap<VipKey, VipValue> =
 #[map]
 static ADDRESSES: HashMap<Address, KnownAddress> =
     HashMap::with_max_entries(SIZED_BY_AGENT, BPF_F_NO_PREALLOC);
+
+/// Where connects to a service go while no agent takes them, by the service's number. Written by the agent alone.
+#[map]
+static FALLBACKS: HashMap<u64, Fallback> =
+    HashMap::with_max_entries(2 * MAX_FALLBACKS, BPF_F_NO_PREALLOC);
+
+/// When the agent last showed that it runs. Written by it alone.
+#[map]
+static HEARTBEAT: Array<Heartbeat> = Array::with_max_entries(1, 0);
 
 /// The agent's listeners. Written by the agent alone, and an element goes when its socket is closed: what is
 /// found here listens, and nobody else can be behind it.
@@ -67,6 +76,21 @@ pub fn vip(key: &VipKey) -> Found<VipValue> {
 #[inline(always)]
 pub fn address(address: &Address) -> Found<KnownAddress> {
     settle(|| ADDRESSES.get_ptr(address), |value| value.is_for(address))
+}
+
+#[inline(always)]
+pub fn fallback(service: u64) -> Found<Fallback> {
+    settle(|| FALLBACKS.get_ptr(service), |value| value.is_for(service))
+}
+
+/// Each field is read whole, and a beat counts with the limit before or after.
+#[inline(always)]
+pub fn heartbeat() -> Heartbeat {
+    match HEARTBEAT.get_ptr(0) {
+        Some(pointer) => snapshot(pointer),
+        // Cannot be: the map has one element.
+        None => Heartbeat::default(),
+    }
 }
 
 /// Its port; 0 if there is none. Not an option: its payload would be undefined in that case, and where the

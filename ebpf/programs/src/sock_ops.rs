@@ -55,6 +55,11 @@ fn publish(context: SockOps) {
         return;
     };
     let mut origin = snapshot(stored);
+    if origin.role == Role::FALLBACK {
+        // On its way to a fallback at this host, which no agent hears of.
+        let _ = FLOWS.remove(&key);
+        return;
+    }
     let is_live = origin.role == Role::CLIENT
         && origin.rewritten == ends.remote
         && origin.rewritten_port.to_host() == ends.remote_port;

@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 use super::{
     super::{
         client::{self, ClientError},
-        status::{AuthorityStatus, CatalogStatus, ConnectionCounts},
+        status::{AuthorityStatus, CatalogStatus, ConnectionCounts, HeartbeatStatus},
     },
     *,
 };
@@ -26,6 +26,12 @@ fn example() -> Status {
         process: 1,
         predecessor: None,
         effects: vec![],
+        heartbeat: HeartbeatStatus {
+            hung_after_ms: Some(3000),
+            longest_gap_ms: 201,
+            hangs: 0,
+        },
+        hand_over: BTreeMap::from([("published".to_owned(), 7)]),
         node: "a".to_owned(),
         started_at: Timestamp(std::time::UNIX_EPOCH + Duration::from_millis(1_790_000_000_500)),
         uptime_seconds: 60,

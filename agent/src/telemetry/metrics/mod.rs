@@ -139,6 +139,12 @@ impl Metrics {
 pub struct Observations {
     /// Capture verdicts by name, since the programs were loaded.
     pub capture: Vec<(&'static str, u64)>,
+    /// What became of captured connections on their way to the agent, by name.
+    pub hand_over: Vec<(&'static str, u64)>,
+    /// The longest time between two heartbeats.
+    pub longest_gap: Duration,
+    /// How often that was above the limit.
+    pub hangs: u64,
     /// Whether connects are captured, as far as is known.
     pub effective: bool,
     /// How many programs are attached.
@@ -279,6 +285,13 @@ impl Collector for ObserverCell {
         for (verdict, count) in &seen.capture {
             verdicts.counter(&[("verdict", verdict)], *count)?;
         }
+        let mut events = Samples::begin(&mut encoder, &names::HAND_OVER_EVENTS)?;
+        for (event, count) in &seen.hand_over {
+            events.counter(&[("event", event)], *count)?;
+        }
+        Samples::begin(&mut encoder, &names::HEARTBEAT_GAP)?
+            .gauge_f64(&[], seen.longest_gap.as_secs_f64())?;
+        Samples::begin(&mut encoder, &names::HANGS)?.counter(&[], seen.hangs)?;
         Samples::begin(&mut encoder, &names::ATTACHED_PROGRAMS)?
             .gauge(&[], seen.attached_programs)?;
         Samples::begin(&mut encoder, &names::CAPTURE_EFFECTIVE)?

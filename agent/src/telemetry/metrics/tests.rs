@@ -28,6 +28,9 @@ fn eventful() -> Metrics {
     metrics.accept_failed(Direction::Inbound);
     metrics.observe(|| Observations {
         capture: vec![("rewritten", 5)],
+        hand_over: vec![("published", 5)],
+        longest_gap: Duration::from_millis(201),
+        hangs: 1,
         effective: true,
         attached_programs: 6,
         catalog: Some(CatalogObservation {
