@@ -190,7 +190,7 @@ pub enum IntentionAction {
 }
 
 macro_rules! name_type {
-    ($(#[$doc:meta])* $name:ident, $what:literal) => {
+    ($(#[$doc:meta])* $name:ident, $what:literal, $check:ident) => {
         $(#[$doc])*
         #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
         #[serde(transparent)]
@@ -219,7 +219,7 @@ macro_rules! name_type {
             type Err = NameError;
 
             fn from_str(text: &str) -> Result<Self, NameError> {
-                check_name($what, text).map(|()| Self(text.into()))
+                $check($what, text).map(|()| Self(text.into()))
             }
         }
 
@@ -235,30 +235,34 @@ macro_rules! name_type {
 name_type!(
     /// A service's name: 1 to 128 of ASCII letters, digits, `-`, `_`, `.`, beginning with a letter or digit.
     ServiceName,
-    "service name"
+    "service name",
+    check_strictly
 );
 name_type!(
-    /// A node's name, of the same characters.
+    /// A node's name: 1 to 256 characters, none of them a control character.
     NodeName,
-    "node name"
+    "node name",
+    check_text
 );
 name_type!(
-    /// An instance's id (Consul's service id), of the same characters.
+    /// An instance's id (Consul's service id): 1 to 256 characters, none of them a control character. Schedulers write
+    /// all sorts of things into it: Nomad `_nomad-task-...`, others slashes.
     InstanceId,
-    "instance id"
+    "instance id",
+    check_text
 );
 
 /// A name that is none.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error(
-    "{what} {text:?}: expected 1 to 128 characters out of a-z A-Z 0-9 - _ . that begin with a letter or digit"
-)]
+#[error("{what} {text:?}: expected {expected}")]
 pub struct NameError {
     what: &'static str,
     text: String,
+    expected: &'static str,
 }
 
-fn check_name(what: &'static str, text: &str) -> Result<(), NameError> {
+/// What is part of addresses and of other names.
+fn check_strictly(what: &'static str, text: &str) -> Result<(), NameError> {
     let good = text.len() <= 128
         && text
             .bytes()
@@ -267,14 +271,36 @@ fn check_name(what: &'static str, text: &str) -> Result<(), NameError> {
             .bytes()
             .next()
             .is_some_and(|b| b.is_ascii_alphanumeric());
-    if good {
-        Ok(())
-    } else {
-        Err(NameError {
-            what,
-            text: text.to_owned(),
-        })
+    let expected = "1 to 128 characters out of a-z A-Z 0-9 - _ . that begin with a letter or digit";
+    name_error(good, what, text, expected)
+}
+
+/// What is only shown and compared.
+fn check_text(what: &'static str, text: &str) -> Result<(), NameError> {
+    let characters = text.chars().take(257).count();
+    let good = (1..=256).contains(&characters) && !text.chars().any(char::is_control);
+    name_error(
+        good,
+        what,
+        text,
+        "1 to 256 characters, none of them a control character",
+    )
+}
+
+fn name_error(
+    is_good: bool,
+    what: &'static str,
+    text: &str,
+    expected: &'static str,
+) -> Result<(), NameError> {
+    if is_good {
+        return Ok(());
     }
+    Err(NameError {
+        what,
+        text: text.to_owned(),
+        expected,
+    })
 }
 
 #[cfg(test)]
@@ -291,6 +317,21 @@ mod tests {
         }
         for bad in ["", "-web", "we b", "a/b", "é", &"x".repeat(129)] {
             assert!(bad.parse::<ServiceName>().is_err(), "{bad:?} passed");
+        }
+    }
+
+    #[test]
+    fn ids_are_whatever_schedulers_make_of_them() {
+        for good in [
+            "_nomad-task-1-group-api-db-5432",
+            "host:db/5432",
+            "é",
+            "a b",
+        ] {
+            assert!(good.parse::<InstanceId>().is_ok(), "{good:?} was refused");
+        }
+        for bad in ["", "a\nb", &"x".repeat(257)] {
+            assert!(bad.parse::<InstanceId>().is_err(), "{bad:?} passed");
         }
     }
 
