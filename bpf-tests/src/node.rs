@@ -80,6 +80,7 @@ pub struct Node {
     workloads: Vec<String>,
     containers: Vec<Namespace>,
     capture: Vec<String>,
+    consul: Option<String>,
     settings: Vec<String>,
     agent: Option<Running>,
 }
@@ -108,6 +109,7 @@ impl Node {
             workloads: vec![],
             containers: vec![],
             capture: vec![],
+            consul: None,
             settings: vec![],
             agent: None,
         })
@@ -196,6 +198,12 @@ impl Node {
     /// Adds a key to the table `[capture]`.
     pub fn set_capture(&mut self, toml: &str) {
         self.capture.push(toml.to_owned());
+    }
+
+    /// Makes the agent take everything from Consul: `toml` is the table `[consul]`. What the node is called, where it is
+    /// and who signs is not in its configuration any more.
+    pub fn use_consul(&mut self, toml: &str) {
+        self.consul = Some(toml.to_owned());
     }
 
     /// Makes the agent read another catalog than the other node's.
@@ -308,6 +316,19 @@ impl Node {
             .args(arguments)
             .arg("--config")
             .arg(self.configuration_file()))
+    }
+
+    /// What the status says of `service`.
+    ///
+    /// # Errors
+    /// If the agent does not answer, or does not know the service.
+    pub fn service(&self, name: &str) -> Result<Value> {
+        let status = self.status()?;
+        let services = status.get("services").and_then(Value::as_array);
+        let mut services = services.into_iter().flatten();
+        let found = services.find(|service| service.get("name").is_some_and(|it| it == name));
+        let found = found.with_context(|| format!("node {} knows no {name}", self.name))?;
+        Ok(found.clone())
     }
 
     /// The number of the catalog in use.
@@ -437,17 +458,14 @@ impl Node {
     /// The text of that configuration.
     pub fn configuration(&self) -> String {
         let directory = self.directory.display();
-        let Authority {
-            certificate,
-            key,
-            roots,
-        } = &self.authority;
+        let (facts, source) = match &self.consul {
+            Some(consul) => (String::new(), format!("[consul]\n{consul}\n")),
+            None => self.files(),
+        };
         let mut text = format!(
             "\
 [node]
-name = \"{name}\"
-address = \"{address}\"
-datacenter = \"dc1\"
+{facts}
 state_dir = \"{directory}/state\"
 
 [capture]
@@ -455,6 +473,42 @@ cgroups = [\"{cgroup}/workloads\"]
 pin_directory = \"{pins}\"
 {capture}
 
+{source}
+
+[telemetry]
+metrics = \"{METRICS}\"
+access_log = \"{access_log}\"
+
+[admin]
+socket = \"{socket}\"
+
+",
+            cgroup = self.cgroup.path(),
+            pins = self.pin_directory().display(),
+            capture = self.capture.join("\n"),
+            socket = self.admin_socket().display(),
+            access_log = self.access_log_file().display(),
+        );
+        for part in self.settings.iter().chain(&self.workloads) {
+            // Writing to a string does not fail.
+            let _written = writeln!(text, "{part}");
+        }
+        text
+    }
+
+    /// What a node without Consul is told: of itself, and where catalog and identity come from.
+    fn files(&self) -> (String, String) {
+        let Authority {
+            certificate,
+            key,
+            roots,
+        } = &self.authority;
+        let facts = format!(
+            "name = \"{}\"\naddress = \"{}\"\ndatacenter = \"dc1\"",
+            self.name, self.address
+        );
+        let source = format!(
+            "\
 [catalog]
 directory = \"{catalog}\"
 
@@ -465,31 +519,12 @@ trust_domain = \"{TRUST_DOMAIN}\"
 certificate = \"{certificate}\"
 key = \"{key}\"
 roots = {roots:?}
-
-[telemetry]
-metrics = \"{METRICS}\"
-access_log = \"{access_log}\"
-
-[admin]
-socket = \"{socket}\"
-
 ",
-            name = self.name,
-            address = self.address,
-            cgroup = self.cgroup.path(),
-            pins = self.pin_directory().display(),
-            capture = self.capture.join("\n"),
             catalog = self.catalog.display(),
             certificate = certificate.display(),
             key = key.display(),
-            socket = self.admin_socket().display(),
-            access_log = self.access_log_file().display(),
         );
-        for part in self.settings.iter().chain(&self.workloads) {
-            // Writing to a string does not fail.
-            let _written = writeln!(text, "{part}");
-        }
-        text
+        (facts, source)
     }
 
     /// Where the agent keeps its programs and maps.

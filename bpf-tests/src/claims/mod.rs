@@ -11,6 +11,7 @@ macro_rules! claims {
 pub mod consul;
 pub mod dependable;
 pub mod path;
+mod storm;
 
 use anyhow::Result;
 

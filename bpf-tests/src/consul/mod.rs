@@ -16,6 +16,7 @@
 
 mod agent;
 mod api;
+mod mesh;
 mod proxy;
 
 use std::{
@@ -30,6 +31,7 @@ use self::agent::{Door, READY};
 pub use self::{
     agent::Agent,
     api::{Answer, Api, Leaf, Tls},
+    mesh::{ConsulMesh, POLICY},
     proxy::{BuiltInProxy, sidecar_for},
 };
 use crate::{

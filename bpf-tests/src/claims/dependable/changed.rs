@@ -6,7 +6,7 @@ use anyhow::Result;
 use rustix::process::Signal;
 use serde_json::Value;
 
-use super::replaced::{Storm, many_services, upgrade};
+use super::replaced::{many_services, storm, upgrade};
 use crate::{
     catalog::Instance,
     claims::{Finding, Size},
@@ -23,7 +23,7 @@ pub(super) fn changes_cost_no_connection(size: Size) -> Result<Finding> {
     let (seconds, reloads) = size.pick((2, 4_usize), (20, 20));
     let mut mesh = many_services("changes")?;
     mesh.start()?;
-    let storm = Storm::begin(&mesh, size)?;
+    let storm = storm(&mesh, size)?;
     let clock = Stopwatch::start();
     let mut written = 0_u64;
     let mut last = BTreeSet::new();
@@ -74,7 +74,7 @@ pub(super) fn nothing_is_readable_meanwhile(_size: Size) -> Result<Finding> {
     let mut mesh = many_services("readable")?;
     mesh.start()?;
     let capture = Capture::start(&mesh.lab.a, "tcp")?;
-    let storm = Storm::begin(&mesh, Size::Quick)?;
+    let storm = storm(&mesh, Size::Quick)?;
     for node in [&mut mesh.lab.a, &mut mesh.lab.b] {
         node.kill_agent();
         node.start_agent()?;

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use crate::{
-    claims::{Finding, Size},
+    claims::{Finding, Size, storm::Storm},
     mesh::{Mesh, local, vip},
     node::Node,
     program::Running,
@@ -20,86 +20,16 @@ const SERVICES: u16 = 200;
 /// The service that takes uploads.
 const UPLOADS: &str = "hash";
 
-/// A steady load from `shop` on `a` to all services on `b`.
-pub(super) struct Storm {
-    targets: PathBuf,
-    log: PathBuf,
-    running: Running,
-}
-
-/// What became of it.
-pub(super) struct Report {
-    pub(super) right: u64,
-    pub(super) wrong: u64,
-    ms: u64,
-    /// When each failed attempt began and ended, and how.
-    pub(super) failures: Vec<(u64, u64, String)>,
-}
-
-impl Storm {
-    pub(super) fn begin(mesh: &Mesh, size: Size) -> Result<Self> {
-        let targets = mesh.write_targets()?;
-        // Those that say their name without being asked.
-        let all = fs::read_to_string(&targets)?;
-        let named: Vec<&str> = all
-            .lines()
-            .filter(|line| !line.ends_with(UPLOADS))
-            .collect();
-        fs::write(&targets, named.join("\n"))?;
-        let log = mesh.shop.directory().join("storm.log");
-        let rate = size.pick(150, 2_000);
-        let peer = mesh
-            .shop
-            .peer(&format!("storm {} 16 {rate}", targets.display()))?;
-        let running = peer.log(&log).spawn()?;
-        Ok(Self {
-            targets,
-            log,
-            running,
-        })
-    }
-
-    pub(super) fn end(mut self) -> Result<Report> {
-        fs::remove_file(&self.targets)?;
-        self.running
-            .wait(Duration::from_mins(2))?
-            .context("the load does not end")?;
-        let said = fs::read_to_string(&self.log)?;
-        let report: Value =
-            serde_json::from_str(&said).with_context(|| format!("reading {said:?}"))?;
-        let number = |value: Option<&Value>| value.and_then(Value::as_u64).unwrap_or(0);
-        let failures = report.get("failures").and_then(Value::as_array);
-        Ok(Report {
-            right: number(report.get("right")),
-            wrong: number(report.get("wrong")),
-            ms: number(report.get("ms")),
-            failures: failures
-                .context("no failures in the report")?
-                .iter()
-                .map(|f| {
-                    let end = f.get(2).and_then(Value::as_str).unwrap_or_default();
-                    (number(f.get(0)), number(f.get(1)), end.to_owned())
-                })
-                .collect(),
-        })
-    }
-}
-
-impl Report {
-    /// For people: how many, and how many a second.
-    pub(super) fn load(&self) -> String {
-        let rate = self.right * 1_000 / self.ms.max(1);
-        format!("{} connections right ({rate} a second)", self.right)
-    }
-
-    /// Failed attempts that lie outside of all these times.
-    fn unexplained(&self, away: &[(u64, u64)]) -> Vec<&(u64, u64, String)> {
-        let explained = |from: u64, to: u64| away.iter().any(|(a, b)| from <= *b && to >= *a);
-        self.failures
-            .iter()
-            .filter(|(from, to, _)| !explained(*from, *to))
-            .collect()
-    }
+/// A steady load from `shop` on `a` to all services on `b` that say their name without being asked.
+pub(super) fn storm(mesh: &Mesh, size: Size) -> Result<Storm> {
+    let targets = mesh.write_targets()?;
+    let all = fs::read_to_string(&targets)?;
+    let named: Vec<&str> = all
+        .lines()
+        .filter(|line| !line.ends_with(UPLOADS))
+        .collect();
+    fs::write(&targets, named.join("\n"))?;
+    Storm::begin(&mesh.shop, targets, size)
 }
 
 pub(super) fn many_services(purpose: &str) -> Result<Mesh> {
@@ -174,7 +104,7 @@ pub(super) fn an_upgrade_loses_no_connection(size: Size) -> Result<Finding> {
         node.add_setting("[limits]\ndrain_timeout = \"60s\"");
     }
     mesh.start()?;
-    let storm = Storm::begin(&mesh, size)?;
+    let storm = storm(&mesh, size)?;
     let mut whole = 0;
     for round in 0..rounds {
         for node in [&mesh.lab.a, &mesh.lab.b] {
@@ -202,7 +132,7 @@ pub(super) fn a_kill_costs_only_the_time_away(size: Size) -> Result<Finding> {
     let rounds = size.pick(2_usize, 10);
     let mut mesh = many_services("kills")?;
     mesh.start()?;
-    let storm = Storm::begin(&mesh, size)?;
+    let storm = storm(&mesh, size)?;
     let mut away = vec![];
     for _ in 0..rounds {
         for node in [&mut mesh.lab.a, &mut mesh.lab.b] {
