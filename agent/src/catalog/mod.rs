@@ -2,5 +2,6 @@
 
 pub mod model;
 pub mod file;
+pub mod consul;
 pub mod vip;
 pub mod store;

@@ -83,6 +83,9 @@ pub struct Node {
     /// Its datacenter.
     #[serde(default, deserialize_with = "or_default")]
     pub datacenter: String,
+    /// Addresses for a purpose: `lan`, `wan`.
+    #[serde(default, deserialize_with = "or_default")]
+    pub tagged_addresses: BTreeMap<String, String>,
 }
 
 /// An instance of a service, or a proxy in front of one.
@@ -199,7 +202,7 @@ pub struct Check {
 }
 
 /// An element of `/v1/connect/intentions`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct Intention {
     /// Unique; empty if it comes from a config entry.
@@ -238,6 +241,9 @@ pub struct Intention {
     /// `allow` or `deny`; empty if there are permissions.
     #[serde(default, deserialize_with = "or_default")]
     pub action: String,
+    /// Whether callers must show a token in each HTTP request.
+    #[serde(rename = "JWT", default)]
+    pub jwt: Option<IgnoredAny>,
     /// How many rules about HTTP requests there are. They are not read.
     #[serde(default, deserialize_with = "length")]
     pub permissions: usize,

@@ -1,0 +1,215 @@
+//! What config entries say about services, beside intentions and resolvers. Pure.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::{
+    catalog::model::{ServiceDefaults, ServiceName},
+    consul::{answers::List, judge::Content},
+};
+
+/// `/v1/config/service-defaults`
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(from = "List<DefaultsEntry>")]
+pub(super) struct AllDefaults(pub(super) BTreeMap<ServiceName, ServiceDefaults>);
+
+impl Content for AllDefaults {
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct DefaultsEntry {
+    #[serde(default)]
+    name: String,
+    #[serde(default)]
+    protocol: Option<String>,
+    #[serde(default)]
+    max_inbound_connections: Option<i64>,
+    #[serde(default)]
+    local_connect_timeout_ms: Option<i64>,
+}
+
+impl From<List<DefaultsEntry>> for AllDefaults {
+    fn from(List(entries): List<DefaultsEntry>) -> Self {
+        let read = |entry: DefaultsEntry| {
+            let defaults = ServiceDefaults {
+                protocol: entry.protocol.filter(|protocol| !protocol.is_empty()),
+                max_inbound_connections: entry.max_inbound_connections.and_then(positive),
+                local_connect_timeout: entry.local_connect_timeout_ms.and_then(milliseconds),
+            };
+            Some((entry.name.parse().ok()?, defaults))
+        };
+        Self(entries.into_iter().filter_map(read).collect())
+    }
+}
+
+/// `/v1/config/proxy-defaults`: what holds for a service that does not say otherwise.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(from = "List<GlobalEntry>")]
+pub(super) struct Global {
+    defaults: ServiceDefaults,
+    listed: usize,
+}
+
+impl Content for Global {
+    fn is_empty(&self) -> bool {
+        self.listed == 0
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct GlobalEntry {
+    #[serde(default)]
+    name: String,
+    #[serde(default)]
+    config: Option<BTreeMap<String, Value>>,
+}
+
+impl From<List<GlobalEntry>> for Global {
+    fn from(List(entries): List<GlobalEntry>) -> Self {
+        let listed = entries.len();
+        // Consul takes others as well and ignores them.
+        let global = entries.into_iter().find(|entry| entry.name == "global");
+        let config = global.and_then(|entry| entry.config).unwrap_or_default();
+        let number = |key| config.get(key).and_then(whole);
+        Self {
+            defaults: ServiceDefaults {
+                protocol: config
+                    .get("protocol")
+                    .and_then(Value::as_str)
+                    .map(str::to_owned),
+                max_inbound_connections: number("max_inbound_connections").and_then(positive),
+                local_connect_timeout: number("local_connect_timeout_ms").and_then(milliseconds),
+            },
+            listed,
+        }
+    }
+}
+
+impl Global {
+    /// What holds for a service.
+    pub(super) fn under(&self, own: Option<&ServiceDefaults>) -> ServiceDefaults {
+        let own = own.cloned().unwrap_or_default();
+        let global = &self.defaults;
+        ServiceDefaults {
+            protocol: own.protocol.or_else(|| global.protocol.clone()),
+            max_inbound_connections: own
+                .max_inbound_connections
+                .or(global.max_inbound_connections),
+            local_connect_timeout: own.local_connect_timeout.or(global.local_connect_timeout),
+        }
+    }
+}
+
+/// `/v1/config/service-resolver`: which services have one, and when they changed. What they mean, Consul compiles:
+/// see [`super::chain`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(from = "List<ResolverEntry>")]
+pub(super) struct Resolvers(BTreeMap<ServiceName, u64>);
+
+impl Content for Resolvers {
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct ResolverEntry {
+    #[serde(default)]
+    name: String,
+    #[serde(default)]
+    modify_index: u64,
+}
+
+impl From<List<ResolverEntry>> for Resolvers {
+    fn from(List(entries): List<ResolverEntry>) -> Self {
+        let read = |entry: ResolverEntry| Some((entry.name.parse().ok()?, entry.modify_index));
+        Self(entries.into_iter().filter_map(read).collect())
+    }
+}
+
+impl Resolvers {
+    /// The services that have one.
+    pub(super) fn names(&self) -> BTreeSet<ServiceName> {
+        self.0.keys().cloned().collect()
+    }
+}
+
+/// A number, also as HCL's authors and `consul config write` leave it: as text.
+fn whole(value: &Value) -> Option<i64> {
+    let of_float = |number: f64| format!("{number:.0}").parse().ok();
+    value
+        .as_i64()
+        .or_else(|| value.as_f64().and_then(of_float))
+        .or_else(|| value.as_str()?.trim().parse().ok())
+}
+
+/// Consul's 0 is "not set".
+fn positive(number: i64) -> Option<u32> {
+    u32::try_from(number).ok().filter(|number| *number > 0)
+}
+
+fn milliseconds(number: i64) -> Option<Duration> {
+    let number = u64::try_from(number).ok().filter(|number| *number > 0);
+    number.map(Duration::from_millis)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{from_value, json};
+
+    use super::*;
+
+    #[test]
+    fn what_a_service_does_not_say_the_global_entry_says() {
+        let all: AllDefaults = from_value(json!([
+            {"Kind": "service-defaults", "Name": "db", "Protocol": "tcp", "MaxInboundConnections": 10,
+             "LocalConnectTimeoutMs": 250, "UpstreamConfig": {"Defaults": {}}, "ModifyIndex": 7},
+            {"Kind": "service-defaults", "Name": "web", "Protocol": "", "MaxInboundConnections": 0},
+            {"Kind": "service-defaults", "Name": "no name!"},
+        ]))
+        .unwrap();
+        assert_eq!(all.0.len(), 2);
+        let global: Global = from_value(json!([
+            {"Kind": "proxy-defaults", "Name": "other", "Config": {"protocol": "grpc"}},
+            {"Kind": "proxy-defaults", "Name": "global",
+             "Config": {"protocol": "http", "local_connect_timeout_ms": "500", "max_inbound_connections": 7.0}},
+        ]))
+        .unwrap();
+        let of = |name: &str| {
+            let defaults = global.under(all.0.get(&name.parse().unwrap()));
+            (
+                defaults.protocol,
+                defaults.max_inbound_connections,
+                defaults.local_connect_timeout.map(|t| t.as_millis()),
+            )
+        };
+        assert_eq!(of("db"), (Some("tcp".to_owned()), Some(10), Some(250)));
+        for other in ["web", "unknown"] {
+            assert_eq!(of(other), (Some("http".to_owned()), Some(7), Some(500)));
+        }
+        let none: Global = from_value(json!(null)).unwrap();
+        assert!(none.is_empty());
+        assert_eq!(none.under(None), ServiceDefaults::default());
+    }
+
+    #[test]
+    fn a_resolver_that_was_written_anew_is_another() {
+        let read = |index: u64| -> Resolvers {
+            from_value(json!([{"Kind": "service-resolver", "Name": "db", "ModifyIndex": index}]))
+                .unwrap()
+        };
+        assert_ne!(read(7), read(8));
+        assert_eq!(read(7).names().len(), 1);
+    }
+}
