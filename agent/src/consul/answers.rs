@@ -181,6 +181,39 @@ pub struct Proxy {
     /// And at which port; 0 if not set.
     #[serde(default, deserialize_with = "port")]
     pub local_service_port: u16,
+    /// Local ports that stand for services.
+    #[serde(default, deserialize_with = "or_default")]
+    pub upstreams: Vec<Upstream>,
+}
+
+/// A local port that stands for a service.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Upstream {
+    /// `service`, also if empty, or `prepared_query`.
+    #[serde(default, deserialize_with = "or_default")]
+    pub destination_type: String,
+    /// The service's name, or the query's name or id.
+    #[serde(default, deserialize_with = "or_default")]
+    pub destination_name: String,
+    /// Of Consul Enterprise; empty for the proxy's own.
+    #[serde(default, deserialize_with = "or_default")]
+    pub destination_namespace: String,
+    /// Another cluster.
+    #[serde(default, deserialize_with = "or_default")]
+    pub destination_peer: String,
+    /// Another datacenter; empty for the own one.
+    #[serde(default, deserialize_with = "or_default")]
+    pub datacenter: String,
+    /// `127.0.0.1` if empty.
+    #[serde(default, deserialize_with = "or_default")]
+    pub local_bind_address: String,
+    /// 0 with a path, and where a transparent proxy needs no port.
+    #[serde(default, deserialize_with = "port")]
+    pub local_bind_port: u16,
+    /// A Unix socket in place of a port.
+    #[serde(default, deserialize_with = "or_default")]
+    pub local_bind_socket_path: String,
 }
 
 /// Whether an instance speaks mutual TLS itself.

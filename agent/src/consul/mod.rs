@@ -10,6 +10,7 @@ pub mod error;
 pub mod judge;
 pub mod position;
 pub mod rights;
+pub mod upstreams;
 pub mod watch;
 pub mod answers;
 #[cfg(test)]

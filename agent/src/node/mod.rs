@@ -167,7 +167,12 @@ pub async fn run(
 
     let handover_socket = handover::socket_path(&config.admin.socket);
     let (predecessor, inheritance) = inherit(&config, &handover_socket, take_over).await?;
-    let mut follower = start::start(path, config, log, inheritance).await?;
+    // What it needs may be away, and its coming be waited for.
+    let mut follower = tokio::select! {
+        started = start::start(path, config, log, inheritance) => started?,
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+    };
     let node = Arc::clone(follower.node());
     let handover = HandoverServer::bind(&handover_socket)
         .map_err(NodeError::when("wait for the next agent"))?;

@@ -75,8 +75,8 @@ pub(super) async fn start(
         local,
         authority,
         mut source,
-    } = Source::open(&config)?;
-    let problems = source.load(&catalog);
+    } = Source::open(&config, &shutdown).await?;
+    let problems = source.load(&catalog).await;
     let certificates = certificates(&authority, &shutdown);
     let policy = Arc::new(PolicyStore::new(intentions(&config, &catalog)));
     let datapath = Arc::new(datapath(&config, &cgroups, inheritance.pin_lock)?);

@@ -24,6 +24,15 @@ pub(super) fn inherited() -> Vec<OwnedFd> {
     }
 }
 
+/// Waits for something before it can serve, at most for `longer` without saying so again.
+pub(super) fn waiting(status: &str, longer: Duration) {
+    let micros = u32::try_from(longer.as_micros()).unwrap_or(u32::MAX);
+    tell(&[
+        NotifyState::Status(status),
+        NotifyState::ExtendTimeoutUsec(micros),
+    ]);
+}
+
 /// Serves, as `status` says in a line.
 pub(super) fn ready(status: &str) {
     tell(&[NotifyState::Ready, NotifyState::Status(status)]);

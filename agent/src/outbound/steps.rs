@@ -112,7 +112,9 @@ impl Outbound {
             return Ok(Callee { service, catalog });
         }
         let error = match wanted {
-            Wanted::Captured => format!("{} changed its owner since connect()", captured.destination),
+            Wanted::Captured => {
+                format!("{} changed its owner since connect()", captured.destination)
+            }
             Wanted::Service(name) => format!(
                 "the catalog (version {}) has no service {name}, for which this upstream stands",
                 catalog.version

@@ -235,7 +235,9 @@ fn capture(
         Ok(Some(captured)) => Ok(captured),
         Ok(None) => Err(failed(
             Side::Downstream,
-            format!("the kernel does not tell whose socket {client} is: it is of another network namespace, or closed"),
+            format!(
+                "the kernel does not tell whose socket {client} is: it is of another network namespace, or closed"
+            ),
         )),
         Err(error) => Err(failed(Side::Internal, chain(&error).to_string())),
     }

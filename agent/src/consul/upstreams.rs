@@ -1,0 +1,142 @@
+//! Explicit upstreams, out of the registrations of sidecars. Pure.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+};
+
+use super::answers::{ServiceEntry, Upstream};
+use crate::catalog::model::ServiceName;
+
+/// Which service is reached at which address of this node, and what cannot be.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Upstreams {
+    /// By the address to listen at.
+    pub services: BTreeMap<SocketAddr, ServiceName>,
+    /// What is registered and not offered, with the reason.
+    pub problems: Vec<String>,
+}
+
+/// What the registrations of the node's Consul agent ask for. Of two at one address, the first by id has it.
+pub fn upstreams<'a>(
+    registered: impl IntoIterator<Item = &'a ServiceEntry>,
+    datacenter: &str,
+) -> Upstreams {
+    let mut all = Upstreams::default();
+    for entry in registered {
+        for upstream in &entry.proxy.upstreams {
+            // Reached by its virtual address alone.
+            if upstream.local_bind_port == 0 && upstream.local_bind_socket_path.is_empty() {
+                continue;
+            }
+            let problem = match read(upstream, datacenter) {
+                Ok((address, service)) => match all.services.get(&address) {
+                    Some(other) if *other == service => continue,
+                    Some(other) => format!("{address} stands for {other} already"),
+                    None => {
+                        all.services.insert(address, service);
+                        continue;
+                    }
+                },
+                Err(problem) => problem,
+            };
+            let name = &upstream.destination_name;
+            let text = format!("upstream {name:?} of {}: {problem}", entry.id);
+            all.problems.push(text);
+        }
+    }
+    all
+}
+
+fn read(upstream: &Upstream, datacenter: &str) -> Result<(SocketAddr, ServiceName), String> {
+    if !matches!(upstream.destination_type.as_str(), "" | "service") {
+        let kind = &upstream.destination_type;
+        return Err(format!("destinations of type {kind:?} are not supported"));
+    }
+    if !upstream.local_bind_socket_path.is_empty() {
+        let path = &upstream.local_bind_socket_path;
+        return Err(format!("{path}: Unix sockets are not supported, only ports"));
+    }
+    if !matches!(upstream.datacenter.as_str(), "") && upstream.datacenter != datacenter {
+        return Err(format!(
+            "it is in datacenter {:?}: only a service-resolver leads to other datacenters",
+            upstream.datacenter
+        ));
+    }
+    if !upstream.destination_peer.is_empty() {
+        return Err("other clusters are not supported".to_owned());
+    }
+    if !matches!(upstream.destination_namespace.as_str(), "" | "default") {
+        let namespace = &upstream.destination_namespace;
+        return Err(format!("namespace {namespace:?} is not supported"));
+    }
+    let address = match upstream.local_bind_address.as_str() {
+        "" => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        text => text
+            .parse()
+            .map_err(|_| format!("{text:?} is no IP address to listen at"))?,
+    };
+    let service = upstream
+        .destination_name
+        .parse()
+        .map_err(|error| format!("{error}"))?;
+    Ok((SocketAddr::new(address, upstream.local_bind_port), service))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(id: &str, upstreams: &str) -> ServiceEntry {
+        let text = format!(r#"{{"ID":"{id}","Kind":"connect-proxy","Proxy":{{"Upstreams":{upstreams}}}}}"#);
+        serde_json::from_str(&text).unwrap()
+    }
+
+    #[test]
+    fn a_port_stands_for_the_service_that_is_registered_for_it() {
+        let entries = [
+            entry("app", "null"),
+            entry(
+                "web-proxy",
+                r#"[{"DestinationName":"db","LocalBindPort":9191},
+                    {"DestinationType":"service","DestinationName":"cache","Datacenter":"dc1",
+                     "LocalBindAddress":"127.0.0.2","LocalBindPort":9191},
+                    {"DestinationName":"implicit"}]"#,
+            ),
+            entry("other-proxy", r#"[{"DestinationName":"db","LocalBindPort":9191}]"#),
+        ];
+        let all = upstreams(&entries, "dc1");
+        let found: Vec<_> = all
+            .services
+            .iter()
+            .map(|(address, service)| format!("{address} {service}"))
+            .collect();
+        assert_eq!(found, ["127.0.0.1:9191 db", "127.0.0.2:9191 cache"]);
+        assert_eq!(all.problems, Vec::<String>::new());
+    }
+
+    #[test]
+    fn what_is_not_offered_is_told() {
+        let table = [
+            (r#"{"DestinationName":"mail","LocalBindPort":9191}"#, "127.0.0.1:9191 stands for db already"),
+            (r#"{"DestinationType":"prepared_query","DestinationName":"q","LocalBindPort":1}"#, "destinations of type"),
+            (r#"{"DestinationName":"db","LocalBindSocketPath":"/run/db"}"#, "/run/db: Unix sockets"),
+            (r#"{"DestinationName":"db","Datacenter":"dc2","LocalBindPort":1}"#, "it is in datacenter \"dc2\""),
+            (r#"{"DestinationName":"db","DestinationPeer":"east","LocalBindPort":1}"#, "other clusters"),
+            (r#"{"DestinationName":"db","LocalBindAddress":"localhost","LocalBindPort":1}"#, "\"localhost\" is no IP"),
+            (r#"{"DestinationName":"d b","LocalBindPort":1}"#, "service name \"d b\""),
+        ];
+        for (upstream, expected) in table {
+            let entries = [
+                entry("a", r#"[{"DestinationName":"db","LocalBindPort":9191}]"#),
+                entry("b", &format!("[{upstream}]")),
+            ];
+            let all = upstreams(&entries, "dc1");
+            let [problem] = all.problems.as_slice() else {
+                panic!("{upstream}: {:?}", all.problems);
+            };
+            assert!(problem.contains(expected), "{upstream}: {problem}");
+            assert_eq!(all.services.len(), 1, "{upstream}");
+        }
+    }
+}
