@@ -195,6 +195,13 @@ impl Node {
         self.settings.push(format!("{toml}\n"));
     }
 
+    /// Changes what [`Node::add_setting`] added.
+    pub fn replace_setting(&mut self, from: &str, to: &str) {
+        for setting in &mut self.settings {
+            *setting = setting.replace(from, to);
+        }
+    }
+
     /// Adds a key to the table `[capture]`.
     pub fn set_capture(&mut self, toml: &str) {
         self.capture.push(toml.to_owned());

@@ -198,34 +198,30 @@ fn catalog() -> VipTargets {
     }
 }
 
-/// Ends up in front of every client's program. `plain()` is a server at every address of the host that says its name.
+/// Ends up in front of every client's program. `plain` is a server at every address of the host.
 const PRELUDE: &str = r"
-import errno, json, os, socket, struct, threading
+import errno, json, os, socket, struct
 said = {}
 def family(address):
     return socket.AF_INET6 if ':' in address else socket.AF_INET
-def plain():
-    s = socket.socket(socket.AF_INET6)
-    s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-    s.bind(('::', 7000))
-    s.listen()
-    def serve():
-        while True:
-            peer, _ = s.accept()
-            peer.sendall(b'plain')
-            peer.close()
-    threading.Thread(target=serve, daemon=True).start()
+plain = socket.socket(socket.AF_INET6)
+plain.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+plain.bind(('::', 7000))
+plain.listen()
+plain.settimeout(5)
 def call(address, port, s=None):
-    'What became of a connect; of one that was answered, who answered and whom it went to.'
+    'What became of a connect: its error, or what the plain server said.'
     s = s or socket.socket(family(address))
     s.settimeout(5)
     code = s.connect_ex((address, port))
     if code:
         return errno.errorcode[code]
     peer = s.getpeername()[:2]
-    answer = s.recv(9).decode()
     assert peer == (address, port), peer
-    return answer
+    accepted, _ = plain.accept()
+    accepted.sendall(b'plain')
+    accepted.close()
+    return s.recv(9).decode()
 ALL = [('240.0.0.1', 80), ('10.97.0.1', 80), ('240.0.0.2', 80), ('10.96.0.6', 7000), ('10.97.0.1', 7000),
        ('240.0.0.3', 80), ('fd00:1::3', 80), ('240.0.0.4', 80), ('240.0.0.5', 80), ('fd00:1::6', 80),
        ('240.0.0.7', 80), ('240.0.0.8', 1234)]
@@ -254,7 +250,7 @@ fn a_killed_agent_is_answered_by_the_policy_at_once() {
     let mut bench = Bench::new("killed");
     bench.datapath.beat(Some(PATIENT)).unwrap();
     bench.kill();
-    let said = bench.client("plain()\nsaid = [call(*to) for to in ALL]");
+    let said = bench.client("said = [call(*to) for to in ALL]");
     assert_eq!(said, expected());
     let counts = bench.counts([
         Verdict::RefusedNetns,
@@ -271,7 +267,7 @@ fn a_killed_agent_is_answered_by_the_policy_at_once() {
 fn a_hung_agent_is_answered_by_the_policy() {
     let bench = Bench::new("hung");
     bench.hang();
-    let said = bench.client("plain()\nsaid = [call(*to) for to in ALL]");
+    let said = bench.client("said = [call(*to) for to in ALL]");
     assert_eq!(said, expected());
     let counts = bench.counts([
         Verdict::RefusedHung,
@@ -322,8 +318,7 @@ fn while_the_agent_is_there_no_policy_lets_a_connect_around_it() {
     sick.ports.get_mut(&fallback).unwrap().reachable = true;
     bench.datapath.reconcile(&sick, Undesired::Remove).unwrap();
     let said = bench.client(
-        "plain()
-s = socket.socket()
+        "s = socket.socket()
 said = [s.connect_ex(('240.0.0.3', 80)), call('10.97.0.1', 7000), call('240.0.0.4', 80)]",
     );
     assert_eq!(said, json!([0, "ECONNREFUSED", "ECONNREFUSED"]));
@@ -344,7 +339,6 @@ def step(name):
     print(name, flush=True)
     while not os.path.exists(DIRECTORY + '/' + name):
         time.sleep(0.01)
-plain()
 s = socket.socket()
 s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b'dev0')
 s.connect(('240.0.0.3', 80))

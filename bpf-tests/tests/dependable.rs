@@ -10,6 +10,10 @@ use bpf_tests::{claims::dependable::TOPIC, test_claims};
 test_claims! {
     TOPIC:
     a_killed_agent_fails_closed
+    a_killed_agent_is_answered_by_the_policy
+    a_hung_agent_is_answered_by_the_policy
+    a_reload_changes_the_policy
+    a_busy_machine_is_no_hang
     a_broken_catalog_at_start_takes_nothing_away
     an_upgrade_loses_no_connection
     a_kill_costs_only_the_time_away

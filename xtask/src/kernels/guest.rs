@@ -17,7 +17,8 @@ use crate::{build, progress::Step};
 const INIT: &str = "kernel_guest";
 
 /// The tests that are run, of `bpf-tests`.
-const TESTS: [&str; 4] = [
+const TESTS: [&str; 5] = [
+    "away_policy",
     "bpf_syscalls",
     "client_behaviour",
     "datapath_limits",

@@ -80,6 +80,8 @@ pub(super) fn refusals_that_nobody_reads_block_nothing(size: Size) -> Result<Fin
     // The ring buffer has room for about 3,000.
     let refusals = size.pick(10_000_u64, 200_000);
     let mut mesh = web::mesh("ring")?;
+    // It is to wait, not to be taken for hung.
+    mesh.lab.a.set_capture("hung_after = \"off\"");
     mesh.start()?;
     let process = stop(&mesh.lab.a)?;
     let script = format!(

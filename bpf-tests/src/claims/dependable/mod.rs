@@ -21,6 +21,10 @@ pub const TOPIC: Topic = Topic {
     programs: &["ip", "curl", "python3", "ss", "tcpdump", "openssl", "date"],
     claims: claims! {
         away::a_killed_agent_fails_closed: "while a killed agent is away, calls are refused at once; the next agent serves them through the same links and maps";
+        away::a_killed_agent_is_answered_by_the_policy: "while a killed agent is away, what `[[away]]` says of a service answers its calls at once: refused, passed on at a real address, or sent to the fallback";
+        away::a_hung_agent_is_answered_by_the_policy: "an agent that hangs is answered in the same way once capture.hung_after is over, until it goes on";
+        away::a_reload_changes_the_policy: "a reload changes `[[away]]`, and a service is open at no virtual address, whatever it says";
+        away::a_busy_machine_is_no_hang: "an agent that has to share its processors with many others is not taken for hung";
         away::a_broken_catalog_at_start_takes_nothing_away: "an agent that starts with a broken catalog file leaves in the kernel what that file said before";
         replaced::an_upgrade_loses_no_connection: "`sidestep upgrade` under load: no connection fails, and what was live ends with all its bytes";
         replaced::a_kill_costs_only_the_time_away: "kill -9 under load: connections fail only while an agent is away, and none reaches a wrong service";

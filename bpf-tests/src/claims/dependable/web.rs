@@ -1,5 +1,7 @@
 //! A web server on `b`, called by `shop` on `a`: what most claims here begin with.
 
+use std::net::SocketAddr;
+
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
@@ -40,7 +42,12 @@ pub(super) fn wait_until_served(mesh: &Mesh) -> Result<()> {
 
 /// `ok`, or the errno that `connect()` ended with.
 pub(super) fn connect(mesh: &Mesh) -> Result<String> {
-    let report = mesh.shop.ask_peer(&format!("read {}", vip(1, 80)), SOON)?;
+    connect_to(mesh, vip(1, 80))
+}
+
+/// As [`connect`], to any address.
+pub(super) fn connect_to(mesh: &Mesh, to: SocketAddr) -> Result<String> {
+    let report = mesh.shop.ask_peer(&format!("read {to}"), SOON)?;
     let connected = report.get("connected") == Some(&true.into());
     let end = report.get("end").and_then(Value::as_str);
     Ok(if connected {
