@@ -20,4 +20,5 @@ pub mod mesh;
 pub mod daemon;
 pub mod consul;
 pub mod envoy;
+pub mod tls_client;
 pub mod claims;

@@ -19,6 +19,7 @@ use bpf_tests::{
     lab::Lab,
     mesh::local,
     services::{self, Service},
+    tls_client::TlsClient,
     wait::{SOON, wait_for_value},
     workload::{Kind, Workload},
 };
@@ -232,4 +233,23 @@ fn a_rotated_root_is_cross_signed() -> Result<()> {
     assert_eq!(certificates(&api.roots()?), 2);
     assert_eq!(certificates(&after.chain), 2, "{}", after.chain);
     Ok(())
+}
+
+#[test]
+fn a_tls_client_is_who_its_leaf_says() -> Result<()> {
+    let bench = Bench::start("bench7")?;
+    let _db = bench.built_in_db()?;
+    let api = bench.consul.a().api();
+    let client = TlsClient::new(&bench.lab.a, "web", &Identity::of(api, "web")?)?;
+    let db = format!("spiffe://{}/ns/default/dc/dc1/svc/db", api.trust_domain()?);
+    for client in [client.clone(), client.clone().tls12().alpn("h2")] {
+        let seen = client.read(bench.sidecar_of_db())?;
+        assert_eq!(seen.uri.as_deref(), Some(db.as_str()), "{seen:?}");
+        assert!(seen.said.starts_with("220 "), "{seen:?}");
+    }
+    api.intend("web", "db", "deny")?;
+    wait_for_value("the denial", SOON, || {
+        let seen = client.read(bench.sidecar_of_db())?;
+        Ok((seen.said.is_empty() && seen.end != "TimeoutError").then_some(()))
+    })
 }
