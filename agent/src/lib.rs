@@ -21,6 +21,7 @@ pub mod admin;
 pub mod accept;
 pub mod sockets;
 pub mod sock_diag;
+mod state_file;
 pub mod socket_file;
 pub mod handover;
 pub mod health;

@@ -290,6 +290,21 @@ pub struct IntentionCheck {
     pub allowed: bool,
 }
 
+/// `/v1/agent/services`: what is registered with the agent itself.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(transparent)]
+pub struct AgentServices(
+    /// By id.
+    #[serde(deserialize_with = "or_default")]
+    pub BTreeMap<String, ServiceEntry>,
+);
+
+impl Content for AgentServices {
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
 /// `/v1/agent/self`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "PascalCase")]

@@ -13,6 +13,7 @@ pub mod rights;
 pub mod upstreams;
 pub mod watch;
 pub mod answers;
+pub mod registration;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]

@@ -138,6 +138,11 @@ impl Cgroup2 {
         own_path(&text).ok_or(CgroupError::NoneOwn)
     }
 
+    /// The path below the mount of the cgroup that the first process is in, if that can be seen.
+    pub fn of_first_process(&self) -> Option<PathBuf> {
+        own_path(&fs::read("/proc/1/cgroup").ok()?)
+    }
+
     /// Moves this process into a cgroup, which is made if it is missing.
     ///
     /// # Errors

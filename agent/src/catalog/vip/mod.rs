@@ -6,8 +6,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs, io,
-    io::Write as _,
+    io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -17,7 +16,7 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 use super::model::{ServiceName, Snapshot};
-use crate::stable_hash::fnv1a;
+use crate::{stable_hash::fnv1a, state_file};
 
 /// Where addresses are taken from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,9 +124,7 @@ impl VipAllocator {
             Some(Ok(Some(given))) => (given, None),
             Some(Err(source)) => {
                 let path = state_file.clone().unwrap_or_default();
-                let aside = path.with_extension("damaged");
-                // Best effort: if this fails too, writing the next state replaces it.
-                drop(fs::rename(&path, &aside));
+                let aside = state_file::move_aside(&path);
                 (
                     BTreeMap::new(),
                     Some(VipProblem::Damaged {
@@ -326,12 +323,8 @@ fn claim_explicit(snapshot: &Snapshot, assigned: &mut Assigned) -> BTreeSet<IpAd
 }
 
 fn read_state(path: &Path) -> io::Result<Option<BTreeMap<ServiceName, Given>>> {
-    let bytes = match fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error),
-    };
-    parse_state(&bytes).map(Some)
+    let bytes = state_file::read(path)?;
+    bytes.as_deref().map(parse_state).transpose()
 }
 
 fn parse_state(bytes: &[u8]) -> io::Result<BTreeMap<ServiceName, Given>> {
@@ -343,20 +336,12 @@ fn parse_state(bytes: &[u8]) -> io::Result<BTreeMap<ServiceName, Given>> {
     Ok(state.services)
 }
 
-/// Whole or not at all: a crash leaves the old file or the new one.
 fn write_state(path: &Path, given: &BTreeMap<ServiceName, Given>) -> io::Result<()> {
     let state = StateFile {
         version: STATE_VERSION,
         services: given.clone(),
     };
-    let directory = path.parent().unwrap_or(Path::new("/"));
-    fs::create_dir_all(directory)?;
-    let temporary = path.with_extension("new");
-    let mut file = fs::File::create(&temporary)?;
-    file.write_all(&serde_json::to_vec_pretty(&state)?)?;
-    file.sync_all()?;
-    fs::rename(&temporary, path)?;
-    fs::File::open(directory)?.sync_all()
+    state_file::write(path, &serde_json::to_vec_pretty(&state)?)
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! Who gets which address.
 
+use std::fs;
+
 use proptest::prelude::*;
 
 use super::*;

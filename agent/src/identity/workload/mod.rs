@@ -126,6 +126,11 @@ impl WorkloadResolver {
         self.state.write().namespaces.remove(&netns);
     }
 
+    /// Whether a rule takes something on this node for `service`.
+    pub fn rules_name(&self, service: &ServiceName) -> bool {
+        self.state.read().rules.name(service)
+    }
+
     /// Puts what was discovered in force, instead of what was before.
     pub fn discover(&self, assignments: &Assignments) {
         let discovered = Discovered::new(assignments);

@@ -102,6 +102,15 @@ impl Rules {
         found
     }
 
+    /// Whether any rule takes something for `service`.
+    pub(super) fn name(&self, service: &ServiceName) -> bool {
+        let by_path = self.cgroups.values().chain(self.namespaces.values());
+        let all = by_path
+            .chain(self.units.values())
+            .chain(self.users.values());
+        all.into_iter().any(|named| named == service)
+    }
+
     pub(super) fn user(&self, uid: u32) -> Option<&ServiceName> {
         self.users.get(&uid)
     }
@@ -139,7 +148,7 @@ fn add<K: Ord>(
 }
 
 /// The path from the root of the hierarchy, whether or not it was written with a leading or trailing `/`.
-fn normal(path: &Path) -> PathBuf {
+pub(super) fn normal(path: &Path) -> PathBuf {
     let mut normal = PathBuf::from("/");
     normal.extend(path.components().filter_map(|component| match component {
         Component::Normal(name) => Some(name),

@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::CgroupPaths;
+use super::{CgroupPaths, rules::normal};
 use crate::{
     catalog::model::{InstanceId, ServiceName},
     datapath::CgroupId,
@@ -74,14 +74,23 @@ pub fn locate(
 }
 
 /// Which cgroups belong to nobody, whoever listens in them. Paths below the mount of cgroup2.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Bounds {
-    /// `capture.cgroups`: workloads are strictly below one of these.
-    pub attach_points: Vec<PathBuf>,
-    /// The agent's own.
-    pub agent: PathBuf,
-    /// That of the first process, which makes the sockets of socket units before it starts the service.
-    pub init: PathBuf,
+    attach_points: Vec<PathBuf>,
+    agent: PathBuf,
+    init: Option<PathBuf>,
+}
+
+impl Bounds {
+    /// Workloads are strictly below one of `attach_points` (`capture.cgroups`), and neither in the cgroup of the `agent`
+    /// nor in that of the first process (`init`), which makes the sockets of socket units before it starts a service.
+    pub fn new(attach_points: &[PathBuf], agent: &Path, init: Option<&Path>) -> Self {
+        Self {
+            attach_points: attach_points.iter().map(|path| normal(path)).collect(),
+            agent: normal(agent),
+            init: init.map(normal),
+        }
+    }
 }
 
 /// One cgroup that was found to be a service.
@@ -150,6 +159,19 @@ pub enum Refusal {
     },
 }
 
+impl Refusal {
+    /// The services that are not told by it.
+    pub fn services(&self) -> Vec<&ServiceName> {
+        match self {
+            Self::SeveralServices { services, .. } => services.iter().collect(),
+            Self::Outside { service, .. }
+            | Self::Agent { service, .. }
+            | Self::Init { service, .. }
+            | Self::NotVisible { service, .. } => vec![service],
+        }
+    }
+}
+
 fn names(services: &BTreeSet<ServiceName>) -> String {
     let names: Vec<_> = services.iter().map(ServiceName::as_str).collect();
     names.join(", ")
@@ -211,7 +233,7 @@ fn claim(
     if bounds.agent.starts_with(&path) {
         return Err(each(|path, service| Refusal::Agent { path, service }));
     }
-    if bounds.init == path {
+    if bounds.init.as_ref() == Some(&path) {
         return Err(each(|path, service| Refusal::Init { path, service }));
     }
     // Above an attach point everything below it would belong to the one service.

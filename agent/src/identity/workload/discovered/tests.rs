@@ -46,11 +46,12 @@ fn listener(address: &str, cgroup: u64) -> (SocketAddr, SocketOwner) {
 }
 
 fn bounds() -> Bounds {
-    Bounds {
-        attach_points: vec!["/apps.slice".into(), "/system.slice/deep.slice".into()],
-        agent: "/apps.slice/sidestep.service/main".into(),
-        init: "/apps.slice/init.scope".into(),
-    }
+    let attach_points = ["apps.slice".into(), "/system.slice/deep.slice/".into()];
+    let [agent, init] = [
+        "/apps.slice/sidestep.service/main",
+        "/apps.slice/init.scope",
+    ];
+    Bounds::new(&attach_points, Path::new(agent), Some(Path::new(init)))
 }
 
 #[test]

@@ -1,0 +1,453 @@
+//! The registrar against the real Consul.
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+    path::Path,
+    process::{Child, Command, Stdio},
+};
+
+use serde_json::{Value, json};
+use tempfile::{TempDir, tempdir};
+use tokio::{net::TcpListener, time::sleep};
+
+use super::*;
+use crate::{
+    config::{WorkloadConfig, WorkloadRule},
+    consul::{
+        answers::{HealthEntry, List},
+        testing::{RealConsul, register},
+    },
+    datapath::{CgroupId, cgroup::Cgroup2},
+    identity::workload::CgroupPaths,
+};
+
+/// A registrar that runs, and its surroundings.
+struct Scene {
+    local: LocalServices,
+    workloads: Arc<WorkloadResolver>,
+    shutdown: Shutdown,
+}
+
+/// How a [`Scene`] is set up; ports come from the ephemeral range, so that listeners may be made at them.
+struct Setup {
+    rules: Vec<WorkloadConfig>,
+    discovery: Option<Bounds>,
+    cgroups: Box<dyn CgroupPaths>,
+    port: u16,
+    is_replaced: bool,
+}
+
+impl Setup {
+    fn with_rules(services: &[&str], port: u16) -> Self {
+        let rule = |service: &&str| WorkloadConfig {
+            service: service.parse().unwrap(),
+            rule: WorkloadRule::Cgroup(format!("/{service}").into()),
+            instance: None,
+        };
+        Self {
+            rules: services.iter().map(rule).collect(),
+            discovery: None,
+            cgroups: Box::new(|_: CgroupId| None),
+            port,
+            is_replaced: false,
+        }
+    }
+
+    fn run(self, client: Client) -> Scene {
+        let workloads = WorkloadResolver::new(&self.rules, Boxed(self.cgroups)).unwrap();
+        let workloads = Arc::new(workloads);
+        let settings = RegistrarSettings {
+            node: node(),
+            inbound_ports: self.port..=self.port,
+            state_file: None,
+            discovery: self.discovery,
+        };
+        let (registrar, local) = Registrar::new(client, settings, Arc::clone(&workloads));
+        let shutdown = Shutdown::default();
+        let is_replaced = self.is_replaced;
+        shutdown.spawn(
+            "registrar",
+            registrar.run(shutdown.clone(), move || is_replaced),
+        );
+        Scene {
+            local,
+            workloads,
+            shutdown,
+        }
+    }
+}
+
+struct Boxed(Box<dyn CgroupPaths>);
+
+impl CgroupPaths for Boxed {
+    fn path_of(&self, cgroup: CgroupId) -> Option<PathBuf> {
+        self.0.path_of(cgroup)
+    }
+}
+
+fn node() -> OwnNode {
+    OwnNode {
+        name: "node-a".parse().unwrap(),
+        address: Ipv4Addr::LOCALHOST.into(),
+        version: "1.2.3".to_owned(),
+    }
+}
+
+async fn services(client: &Client) -> AgentServices {
+    let request = Request::to(&["v1", "agent", "services"]);
+    client.get(&request).await.unwrap().body
+}
+
+/// Waits until `condition` holds of what Consul's agent has.
+async fn until(client: &Client, what: &str, condition: impl Fn(&AgentServices) -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let now = services(client).await;
+        if condition(&now) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "not {what}: {now:?}");
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+async fn wait_for(what: &str, condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !condition() {
+        assert!(Instant::now() < deadline, "not {what}");
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+async fn deregister(client: &Client, id: &str) {
+    let request = Request::to(&["v1", "agent", "service", "deregister", id]);
+    client.put_nothing(&request).await.unwrap();
+}
+
+fn web(port: u16, version: &str) -> Value {
+    json!({"ID": "web-1", "Name": "web", "Port": port, "Address": "127.0.0.1", "Tags": ["blue"],
+        "Meta": {"version": version}})
+}
+
+fn proxy(id: &str, node: Option<&str>) -> Value {
+    let meta = node.map_or(
+        json!({}),
+        |node| json!({"sidestep": "1.0.0", "sidestep-node": node}),
+    );
+    json!({"ID": id, "Name": "x-proxy", "Kind": "connect-proxy", "Port": 1, "Meta": meta,
+        "Proxy": {"DestinationServiceName": "x"}})
+}
+
+/// Takes tunnels as far as a health check can tell.
+async fn open_port() -> (TcpListener, u16) {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    (listener, port)
+}
+
+#[tokio::test]
+async fn an_instance_is_registered_followed_and_deregistered() {
+    let Some(consul) = RealConsul::start(json!({})).await else {
+        return;
+    };
+    let client = consul.client();
+    let (_application, app_port) = open_port().await;
+    let (_tunnels, port) = open_port().await;
+    for service in [
+        web(app_port, "1"),
+        json!({"ID": "other-1", "Name": "other", "Port": app_port}),
+        proxy("web-1-sidecar-proxy", None),
+        proxy("sidestep-of-b", Some("node-b")),
+        proxy("sidestep-stale", Some("node-a")),
+    ] {
+        register(&client, &service).await;
+    }
+    let scene = Setup::with_rules(&["web"], port).run(client.clone());
+
+    // What is to be opened is known before anybody is told of it.
+    let mut instances = scene.local.instances();
+    instances.wait_for(|all| !all.is_empty()).await.unwrap();
+    let (service, instance) = instances.borrow()[0].clone();
+    assert_eq!((service.as_str(), instances.borrow().len()), ("web", 1));
+    assert_eq!(instance.tunnel, (Ipv4Addr::LOCALHOST, port).into());
+    assert_eq!(instance.local, (Ipv4Addr::LOCALHOST, app_port).into());
+    until(&client, "clean", |now| {
+        !now.0.contains_key("sidestep-stale")
+    })
+    .await;
+    assert!(!services(&client).await.0.contains_key("sidestep-web-1"));
+
+    scene.local.listening_at([port].into());
+    until(&client, "registered", |now| {
+        now.0.contains_key("sidestep-web-1")
+    })
+    .await;
+    let all = services(&client).await;
+    assert!(all.0.contains_key("web-1-sidecar-proxy") && all.0.contains_key("sidestep-of-b"));
+    assert!(
+        !all.0.contains_key("sidestep-other-1"),
+        "no workload of this node"
+    );
+    let ours = &all.0["sidestep-web-1"];
+    assert_eq!(ours.proxy.destination_service_id, "web-1");
+    assert_eq!(ours.meta["sidestep"], "1.2.3");
+
+    // Callers find it as soon as both of its checks pass.
+    let healthy = Request::to(&["v1", "health", "connect", "web"]).with("passing", "");
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let found = client.get::<List<HealthEntry>>(&healthy).await.unwrap();
+        let ids = found.body.0.iter().map(|entry| entry.service.id.as_str());
+        if ids.clone().any(|id| id == "sidestep-web-1") {
+            break;
+        }
+        assert!(Instant::now() < deadline, "not found by callers");
+        sleep(Duration::from_millis(50)).await;
+    }
+
+    register(&client, &web(app_port, "2")).await;
+    until(&client, "updated", |now| {
+        let ours = now.0.get("sidestep-web-1");
+        ours.is_some_and(|ours| ours.meta["version"] == "2" && ours.port == port)
+    })
+    .await;
+
+    // As after a restart of Consul's agent, which forgot it.
+    deregister(&client, "sidestep-web-1").await;
+    until(&client, "back", |now| now.0.contains_key("sidestep-web-1")).await;
+    assert_eq!(scene.local.status().problems, BTreeSet::new());
+    assert_eq!(scene.local.status().registered.len(), 1);
+
+    deregister(&client, "web-1").await;
+    until(&client, "gone", |now| !now.0.contains_key("sidestep-web-1")).await;
+    wait_for("empty", || scene.local.instances().borrow().is_empty()).await;
+
+    register(&client, &web(app_port, "3")).await;
+    until(&client, "registered", |now| {
+        now.0.contains_key("sidestep-web-1")
+    })
+    .await;
+    scene.shutdown.run("test", Duration::from_secs(20)).await;
+    let left = services(&client).await.0;
+    assert!(!left.contains_key("sidestep-web-1"), "it said farewell");
+    assert!(left.contains_key("web-1-sidecar-proxy") && left.contains_key("sidestep-of-b"));
+}
+
+#[tokio::test]
+async fn an_agent_that_is_replaced_leaves_its_registrations_to_the_next() {
+    let Some(consul) = RealConsul::start(json!({})).await else {
+        return;
+    };
+    let client = consul.client();
+    register(&client, &web(8080, "1")).await;
+    let mut setup = Setup::with_rules(&["web"], 21_500);
+    setup.is_replaced = true;
+    let scene = setup.run(client.clone());
+    scene.local.listening_at([21_500].into());
+    until(&client, "registered", |now| {
+        now.0.contains_key("sidestep-web-1")
+    })
+    .await;
+    scene.shutdown.run("test", Duration::from_secs(20)).await;
+    assert!(services(&client).await.0.contains_key("sidestep-web-1"));
+}
+
+#[tokio::test]
+async fn missing_and_lost_rights_are_told_and_nothing_is_dropped() {
+    let acl =
+        json!({"acl": {"enabled": true, "default_policy": "deny", "tokens": {"master": "root"}}});
+    let Some(consul) = RealConsul::start(acl).await else {
+        return;
+    };
+    let root = consul.client_with("root", "root");
+    let policy = json!({"Name": "web", "Rules": "service \"web\" { policy = \"write\" }"});
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let request = Request::to(&["v1", "acl", "policy"]);
+    while root.put(&request, &policy).await.is_err() {
+        assert!(Instant::now() < deadline, "no ACLs");
+        sleep(Duration::from_millis(50)).await;
+    }
+    let secret = "6d09d5e2-0000-4000-8000-000000000002";
+    let token = json!({"SecretID": secret, "Policies": [{"Name": "web"}]});
+    root.put(&Request::to(&["v1", "acl", "token"]), &token)
+        .await
+        .unwrap();
+    register(&root, &web(8080, "1")).await;
+
+    // It may see and write web, and not the name of its proxy.
+    let scene = Setup::with_rules(&["web"], 21_500).run(consul.client_with("agent", secret));
+    scene.local.listening_at([21_500].into());
+    let has = |text: &str| {
+        let status = scene.local.status();
+        status.problems.iter().any(|problem| problem.contains(text))
+    };
+    wait_for("refused", || has("service:write")).await;
+    assert!(has("<service>-sidestep-proxy") && has("sidestep-web-1"));
+    assert_eq!(scene.local.instances().borrow().len(), 1);
+
+    // The anonymous token may see nothing, which Consul says with status 200 and nothing.
+    let use_token =
+        |secret: &str| fs::write(consul.directory.path().join("agent"), secret).unwrap();
+    for (secret, said) in [
+        (
+            "anonymous",
+            "empty or filtered as for a token without rights",
+        ),
+        ("6d09d5e2-0000-4000-8000-00000000000f", "ACL not found"),
+    ] {
+        use_token(secret);
+        wait_for("told", || has(said)).await;
+        assert_eq!(
+            scene.local.instances().borrow().len(),
+            1,
+            "nothing is dropped"
+        );
+    }
+    use_token("root");
+    wait_for("well", || scene.local.status().problems.is_empty()).await;
+    until(&root, "registered", |now| {
+        now.0.contains_key("sidestep-web-1")
+    })
+    .await;
+}
+
+/// A process that listens in a cgroup of its own, which goes with it.
+struct Listening {
+    child: Child,
+    port: u16,
+    directory: PathBuf,
+    _files: TempDir,
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        let _ended = self.child.kill();
+        let _reaped = self.child.wait();
+        let _removed = fs::remove_dir(&self.directory);
+    }
+}
+
+impl Listening {
+    /// `None`, with a word, without the right to make a cgroup.
+    fn start(parent: &Path, name: &str) -> Option<Self> {
+        let directory = parent.join(name);
+        if let Err(error) = fs::create_dir(&directory) {
+            println!("skipped: no cgroup can be made: {error}");
+            return None;
+        }
+        let files = tempdir().unwrap();
+        let script = "echo 0 > \"$1/cgroup.procs\" && \
+            openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout k -out c -subj /CN=x \
+            2>/dev/null && exec openssl s_server -accept 127.0.0.1:0 -key k -cert c";
+        let mut child = Command::new("sh")
+            .args(["-c", script, "sh"])
+            .arg(&directory)
+            .current_dir(files.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let said = BufReader::new(child.stdout.take().unwrap());
+        let mut ports = said.lines().filter_map(|line| {
+            let line = line.unwrap();
+            let address = line.strip_prefix("ACCEPT ")?.to_owned();
+            Some(address.parse::<SocketAddr>().unwrap().port())
+        });
+        let port = ports.next().unwrap();
+        Some(Self {
+            child,
+            port,
+            directory,
+            _files: files,
+        })
+    }
+}
+
+/// Removes a cgroup when dropped, after those that are declared later.
+struct Parent(PathBuf);
+
+impl Drop for Parent {
+    fn drop(&mut self) {
+        let _removed = fs::remove_dir(&self.0);
+    }
+}
+
+#[tokio::test]
+async fn the_process_that_listens_for_a_service_is_the_service() {
+    let Some(consul) = RealConsul::start(json!({})).await else {
+        return;
+    };
+    let client = consul.client();
+    let cgroups = Arc::new(Cgroup2::find().unwrap());
+    let attach_point = format!("/sidestep-registrar-test-{}", std::process::id());
+    let parent = Parent(cgroups.directory(Path::new(&attach_point)));
+    if let Err(error) = fs::create_dir(&parent.0) {
+        println!("skipped: no cgroup can be made: {error}");
+        return;
+    }
+    let Some(application) = Listening::start(&parent.0, "web.service") else {
+        return;
+    };
+    let id = cgroups
+        .id_of(&Path::new(&attach_point).join("web.service"))
+        .unwrap();
+    let paths = Arc::clone(&cgroups);
+    let mut setup = Setup::with_rules(&[], 21_500);
+    setup.cgroups = Box::new(move |id: CgroupId| paths.path_of(id));
+    let own = cgroups.own().unwrap();
+    let bounds = Bounds::new(&[attach_point.clone().into()], &own.join("agent"), None);
+    setup.discovery = Some(bounds);
+    let scene = setup.run(client.clone());
+    register(&client, &web(application.port, "1")).await;
+
+    scene.local.listening_at([21_500].into());
+    until(&client, "registered", |now| {
+        now.0.contains_key("sidestep-web-1")
+    })
+    .await;
+    let captured = |cgroup| crate::datapath::Captured {
+        destination: ([192, 0, 2, 1], 80).into(),
+        service: crate::datapath::ServiceId(1),
+        cgroup,
+        netns: crate::datapath::NetnsCookie(1),
+        uid: 0,
+        process: 1,
+        socket_cookie: 1,
+    };
+    let resolved = scene.workloads.resolve(&captured(id)).unwrap();
+    assert_eq!(resolved.as_str(), "web");
+    let discovered = scene.local.status().discovered;
+    let path = PathBuf::from(attach_point).join("web.service");
+    assert_eq!(discovered, [(path, "web".parse().unwrap())]);
+
+    // Another service at the same port makes it unclear who the process is.
+    let mut second = web(application.port, "1");
+    second["ID"] = json!("admin-1");
+    second["Name"] = json!("admin");
+    register(&client, &second).await;
+    wait_for("refused", || {
+        scene.workloads.resolve(&captured(id)).is_err()
+    })
+    .await;
+    let problems = scene.local.status().problems;
+    assert!(
+        problems
+            .iter()
+            .any(|problem| problem.contains("several services (admin, web)")),
+        "{problems:?}"
+    );
+    deregister(&client, "admin-1").await;
+    wait_for("clear again", || {
+        scene.workloads.resolve(&captured(id)).is_ok()
+    })
+    .await;
+
+    // It goes with its cgroup; the instance stays known, and its checks tell callers.
+    drop(application);
+    wait_for("gone", || scene.workloads.resolve(&captured(id)).is_err()).await;
+    wait_for("told", || scene.local.status().discovered.is_empty()).await;
+    assert!(services(&client).await.0.contains_key("sidestep-web-1"));
+    scene.shutdown.run("test", Duration::from_secs(20)).await;
+}
