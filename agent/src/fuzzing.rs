@@ -447,7 +447,10 @@ static CHOICE: LazyLock<(Targets, LocalDomain)> = LazyLock::new(|| {
     let (allocator, _no_problem) = VipAllocator::new(pools(), None, Duration::ZERO);
     let store = CatalogStore::new(allocator);
     store.publish(snapshot);
-    (Targets::new(&store.current(), &node, &local), local)
+    (
+        Targets::new(store.current().instances_on(&node), &local),
+        local,
+    )
 });
 
 fn service(name: ServiceName, instances: Vec<Arc<Instance>>) -> (ServiceName, Arc<Service>) {

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use super::{
-    model::{Ports, Service, ServiceName, Snapshot},
+    model::{Instance, NodeName, Ports, Service, ServiceName, Snapshot},
     vip::{VipAllocator, VipProblem},
 };
 use crate::{
@@ -49,6 +49,19 @@ impl Catalog {
     /// The service of that name.
     pub fn service(&self, name: &ServiceName) -> Option<&Arc<Service>> {
         self.snapshot.services.get(name)
+    }
+
+    /// The instances that run on `node`, each with its service.
+    pub fn instances_on(
+        &self,
+        node: &NodeName,
+    ) -> impl Iterator<Item = (&ServiceName, &Arc<Instance>)> {
+        self.snapshot.services.values().flat_map(move |service| {
+            let here = service.instances.iter().filter(move |i| i.node == *node);
+            // One that stands in for this service is there as what it is.
+            let own = here.filter(|instance| instance.target.is_none());
+            own.map(|instance| (&service.name, instance))
+        })
     }
 
     /// What the kernel must know: every virtual address and port, whose it is, and whether it can be called.

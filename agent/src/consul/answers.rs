@@ -311,6 +311,18 @@ impl Content for AgentServices {
 pub struct AgentSelf {
     /// What the agent runs with.
     pub config: AgentConfig,
+    /// What it is to its cluster.
+    #[serde(default)]
+    pub member: AgentMember,
+}
+
+/// An agent as the members of its cluster know it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct AgentMember {
+    /// The address that it advertises.
+    #[serde(default, deserialize_with = "or_default")]
+    pub addr: String,
 }
 
 /// The part of an agent's configuration that every version shows.

@@ -55,7 +55,9 @@ fn read(upstream: &Upstream, datacenter: &str) -> Result<(SocketAddr, ServiceNam
     }
     if !upstream.local_bind_socket_path.is_empty() {
         let path = &upstream.local_bind_socket_path;
-        return Err(format!("{path}: Unix sockets are not supported, only ports"));
+        return Err(format!(
+            "{path}: Unix sockets are not supported, only ports"
+        ));
     }
     if !matches!(upstream.datacenter.as_str(), "") && upstream.datacenter != datacenter {
         return Err(format!(
@@ -88,7 +90,9 @@ mod tests {
     use super::*;
 
     fn entry(id: &str, upstreams: &str) -> ServiceEntry {
-        let text = format!(r#"{{"ID":"{id}","Kind":"connect-proxy","Proxy":{{"Upstreams":{upstreams}}}}}"#);
+        let text = format!(
+            r#"{{"ID":"{id}","Kind":"connect-proxy","Proxy":{{"Upstreams":{upstreams}}}}}"#
+        );
         serde_json::from_str(&text).unwrap()
     }
 
@@ -103,7 +107,10 @@ mod tests {
                      "LocalBindAddress":"127.0.0.2","LocalBindPort":9191},
                     {"DestinationName":"implicit"}]"#,
             ),
-            entry("other-proxy", r#"[{"DestinationName":"db","LocalBindPort":9191}]"#),
+            entry(
+                "other-proxy",
+                r#"[{"DestinationName":"db","LocalBindPort":9191}]"#,
+            ),
         ];
         let all = upstreams(&entries, "dc1");
         let found: Vec<_> = all
@@ -118,13 +125,34 @@ mod tests {
     #[test]
     fn what_is_not_offered_is_told() {
         let table = [
-            (r#"{"DestinationName":"mail","LocalBindPort":9191}"#, "127.0.0.1:9191 stands for db already"),
-            (r#"{"DestinationType":"prepared_query","DestinationName":"q","LocalBindPort":1}"#, "destinations of type"),
-            (r#"{"DestinationName":"db","LocalBindSocketPath":"/run/db"}"#, "/run/db: Unix sockets"),
-            (r#"{"DestinationName":"db","Datacenter":"dc2","LocalBindPort":1}"#, "it is in datacenter \"dc2\""),
-            (r#"{"DestinationName":"db","DestinationPeer":"east","LocalBindPort":1}"#, "other clusters"),
-            (r#"{"DestinationName":"db","LocalBindAddress":"localhost","LocalBindPort":1}"#, "\"localhost\" is no IP"),
-            (r#"{"DestinationName":"d b","LocalBindPort":1}"#, "service name \"d b\""),
+            (
+                r#"{"DestinationName":"mail","LocalBindPort":9191}"#,
+                "127.0.0.1:9191 stands for db already",
+            ),
+            (
+                r#"{"DestinationType":"prepared_query","DestinationName":"q","LocalBindPort":1}"#,
+                "destinations of type",
+            ),
+            (
+                r#"{"DestinationName":"db","LocalBindSocketPath":"/run/db"}"#,
+                "/run/db: Unix sockets",
+            ),
+            (
+                r#"{"DestinationName":"db","Datacenter":"dc2","LocalBindPort":1}"#,
+                "it is in datacenter \"dc2\"",
+            ),
+            (
+                r#"{"DestinationName":"db","DestinationPeer":"east","LocalBindPort":1}"#,
+                "other clusters",
+            ),
+            (
+                r#"{"DestinationName":"db","LocalBindAddress":"localhost","LocalBindPort":1}"#,
+                "\"localhost\" is no IP",
+            ),
+            (
+                r#"{"DestinationName":"d b","LocalBindPort":1}"#,
+                "service name \"d b\"",
+            ),
         ];
         for (upstream, expected) in table {
             let entries = [

@@ -6,10 +6,7 @@ use std::{
 };
 
 use crate::{
-    catalog::{
-        model::{Instance, NodeName, ServiceName},
-        store::Catalog,
-    },
+    catalog::model::{Instance, ServiceName},
     identity::LocalDomain,
 };
 
@@ -61,26 +58,25 @@ pub enum TargetError {
 }
 
 impl Targets {
-    /// The instances of `catalog` that are on `node`.
-    pub fn new(catalog: &Catalog, node: &NodeName, local: &LocalDomain) -> Self {
+    /// Of these instances, each with its service, all of this node.
+    pub fn new<'a>(
+        instances: impl IntoIterator<Item = (&'a ServiceName, &'a Arc<Instance>)>,
+        local: &LocalDomain,
+    ) -> Self {
         let mut by_port: HashMap<u16, Vec<Arc<Target>>> = HashMap::new();
-        for service in catalog.snapshot.services.values() {
-            // One that stands in for this service is a target as what it is.
-            let own = service.instances.iter().filter(|i| i.target.is_none());
-            for instance in own.filter(|i| i.node == *node) {
-                let target = Target {
-                    service: service.name.clone(),
-                    instance: Arc::clone(instance),
-                    service_sni: local.service_sni(&service.name).to_ascii_lowercase(),
-                    instance_sni: local
-                        .instance_sni(&service.name, &instance.id)
-                        .to_ascii_lowercase(),
-                };
-                by_port
-                    .entry(instance.tunnel.port())
-                    .or_default()
-                    .push(Arc::new(target));
-            }
+        for (service, instance) in instances {
+            let target = Target {
+                service: service.clone(),
+                instance: Arc::clone(instance),
+                service_sni: local.service_sni(service).to_ascii_lowercase(),
+                instance_sni: local
+                    .instance_sni(service, &instance.id)
+                    .to_ascii_lowercase(),
+            };
+            by_port
+                .entry(instance.tunnel.port())
+                .or_default()
+                .push(Arc::new(target));
         }
         Self { by_port }
     }

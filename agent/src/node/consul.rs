@@ -1,67 +1,159 @@
-//! Consul as this node's source: connects, and brings what it says to the catalog.
+//! Consul as this node's source: connects, and brings what it says to the parts.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use tokio::{
     sync::watch,
-    time::{Instant, timeout_at},
+    time::{Instant, timeout, timeout_at},
 };
 
-use super::{NodeError, authority::Authority, source::Opened, source::Source, supervisor};
+use super::{
+    NodeError,
+    authority::Authority,
+    source::{Opened, Source},
+    supervisor,
+};
 use crate::{
     catalog::{
-        consul::{ConsulSource, Published},
-        model::NodeName,
+        consul::{ConsulHandle, ConsulSource, SourceSettings},
+        model::{NodeName, ServiceName, Snapshot},
     },
-    config::ConsulConfig,
-    consul::{Client, ConsulError, rights},
+    config::{Config, ConsulConfig},
+    consul::{
+        Client,
+        registration::{
+            LocalInstances, LocalServices, Registrar, RegistrarSettings, plan::OwnNode,
+        },
+        rights,
+    },
+    datapath::cgroup::Cgroup2,
     identity::{
         LocalDomain,
         clock::SystemClock,
-        consul_ca::{ConsulAgent, ConsulCa, ConsulCaError},
+        consul_ca::{ConsulAgent, ConsulCa, ConsulCaError, RootsFollower},
+        workload::{WorkloadResolver, discovered::Bounds},
     },
     lifecycle::Shutdown,
+    outbound::{Outbound, upstreams::UpstreamListeners},
+    sockets::ListeningSockets,
     telemetry::log::chain,
 };
 
 /// How often the supervisor is told that Consul is still waited for, and how long it is to wait beyond that.
 const WAITING: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(60));
 
-/// How long the first catalog is waited for. Capture begins then with what there is, and removes nothing.
-const FIRST_CATALOG: Duration = Duration::from_secs(30);
+/// How long the local services and the first whole catalog are waited for, each. Then capture begins with what there is,
+/// and nothing that an agent before knew is removed.
+const FIRST: Duration = Duration::from_secs(15);
 
-/// What Consul feeds: the catalog, as it comes.
+/// The catalog as Consul says it, as it changes.
+pub(super) type Snapshots = watch::Receiver<Option<Snapshot>>;
+
+/// What a node has of Consul while it runs.
 #[derive(Debug)]
-pub(super) struct ConsulFeed {
-    published: watch::Receiver<Option<Arc<Published>>>,
+pub(super) struct ConsulParts {
+    pub(super) source: ConsulHandle,
+    pub(super) services: LocalServices,
+    /// The services that are here: what they may call is read.
+    local: watch::Sender<Option<BTreeSet<ServiceName>>>,
+    pub(super) address: String,
+    pub(super) version: String,
+}
+
+impl ConsulParts {
+    /// The services of this node are those that rules name and those that have an instance here.
+    pub(super) fn serve(&self, ruled: impl IntoIterator<Item = ServiceName>) {
+        let mut local: BTreeSet<ServiceName> = ruled.into_iter().collect();
+        let instances = self.services.instances().borrow().clone();
+        local.extend(instances.iter().map(|(service, _)| service.clone()));
+        self.local.send_if_modified(|before| {
+            let is_new = before.as_ref() != Some(&local);
+            *before = Some(local);
+            is_new
+        });
+    }
+}
+
+/// What [`open`] builds on.
+#[derive(Debug)]
+pub(super) struct Surroundings<'a> {
+    pub(super) config: &'a Config,
+    pub(super) cgroups: &'a Cgroup2,
+    pub(super) workloads: &'a Arc<WorkloadResolver>,
+    /// Whether another agent goes on in this one's place.
+    pub(super) replaced: &'a Arc<AtomicBool>,
+    pub(super) shutdown: &'a Shutdown,
 }
 
 /// Connects to Consul, as long as that takes, and follows it from then on.
 ///
 /// # Errors
 /// If waiting does not help: Consul refuses, or runs without Connect.
-pub(super) async fn open(consul: &ConsulConfig, shutdown: &Shutdown) -> Result<Opened, NodeError> {
+pub(super) async fn open(
+    consul: &ConsulConfig,
+    around: Surroundings<'_>,
+) -> Result<Opened, NodeError> {
     let client = Client::new(consul.client.clone());
-    let connecting = async {
-        let clock = Arc::new(SystemClock);
-        let (ca, roots) = ConsulCa::connect(client.clone(), clock)
-            .await
-            .map_err(NodeError::when("get the roots of Consul's CA"))?;
-        let agent = ask_agent(&client)
-            .await
-            .map_err(NodeError::when("ask the Consul agent who it is"))?;
-        Ok((ca, roots, agent))
-    };
+    let connecting = connect(&client);
     let (ca, roots, agent) = while_waiting("waiting for Consul", connecting).await?;
-    shutdown.spawn_service("Consul's roots", roots.run(shutdown.clone()));
+    let following = roots.run(around.shutdown.clone());
+    around.shutdown.spawn_service("Consul's roots", following);
     tell_missing_rights(&client).await;
     let name: NodeName = agent
         .node
         .parse()
         .map_err(NodeError::when("take Consul's name for this node"))?;
     tracing::info!(node = %name, datacenter = agent.datacenter, version = agent.version, "connected to Consul");
-    let local = LocalDomain::new(ca.trust_domain().clone(), agent.datacenter);
-    todo!()
+    let domain = LocalDomain::new(ca.trust_domain().clone(), agent.datacenter.clone());
+    let services = register(&client, consul, &agent, name.clone(), &around)?;
+    let (local, local_seen) = watch::channel(None);
+    let settings = SourceSettings {
+        max_watches: consul.max_watches,
+        ..SourceSettings::new(name.clone(), domain.clone())
+    };
+    let (source, handle) = ConsulSource::new(client, settings, local_seen);
+    let (publish, snapshots) = watch::channel(None);
+    let publish = move |snapshot| {
+        publish.send_replace(Some(snapshot));
+    };
+    around
+        .shutdown
+        .spawn_service("Consul", source.run(around.shutdown.clone(), publish));
+    let parts = ConsulParts {
+        source: handle,
+        services,
+        local,
+        address: consul.client.address.to_string(),
+        version: agent.version,
+    };
+    Ok(Opened {
+        name,
+        local: domain,
+        authority: Authority::Consul(ca),
+        source: Source::Consul(snapshots),
+        consul: Some(parts),
+    })
+}
+
+async fn connect(
+    client: &Client,
+) -> Result<(Arc<ConsulCa>, RootsFollower, ConsulAgent), NodeError> {
+    let clock = Arc::new(SystemClock);
+    let connected = ConsulCa::connect(client.clone(), clock).await;
+    let (ca, roots) = connected.map_err(NodeError::when("get the roots of Consul's CA"))?;
+    let agent = ask_agent(client)
+        .await
+        .map_err(NodeError::when("ask the Consul agent who it is"))?;
+    Ok((ca, roots, agent))
 }
 
 /// Asks until there is an answer, or one that does not change.
@@ -77,6 +169,47 @@ async fn ask_agent(client: &Client) -> Result<ConsulAgent, ConsulCaError> {
             answered => return answered,
         }
     }
+}
+
+/// Starts to register what is local, and to find it.
+fn register(
+    client: &Client,
+    consul: &ConsulConfig,
+    agent: &ConsulAgent,
+    name: NodeName,
+    around: &Surroundings<'_>,
+) -> Result<LocalServices, NodeError> {
+    let Surroundings {
+        config, cgroups, ..
+    } = around;
+    let own = cgroups
+        .own()
+        .map_err(NodeError::when("find the agent's own cgroup"))?;
+    let discovery = consul.discover_workloads.then(|| Bounds {
+        attach_points: config.capture.cgroups.clone(),
+        agent: own,
+        init: cgroups.of_first_process().unwrap_or_default(),
+    });
+    let address = config.node.address.or(agent.address);
+    let settings = RegistrarSettings {
+        node: OwnNode {
+            name,
+            address: address.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        },
+        datacenter: agent.datacenter.clone(),
+        register: consul.register,
+        inbound_ports: consul.inbound_ports.clone(),
+        state_file: Some(config.node.state_dir.join("inbound-ports.json")),
+        discovery,
+    };
+    let workloads = Arc::clone(around.workloads);
+    let (registrar, services) = Registrar::new(client.clone(), settings, workloads);
+    let replaced = Arc::clone(around.replaced);
+    let is_replaced = move || replaced.load(Ordering::Acquire);
+    let running = registrar.run(around.shutdown.clone(), is_replaced);
+    around.shutdown.spawn("registrar", running);
+    Ok(services)
 }
 
 /// Does `work`, and keeps the supervisor from taking the agent for hung.
@@ -101,9 +234,104 @@ async fn tell_missing_rights(client: &Client) {
         };
         let needed_for = right.needed_for;
         if right.is_vital {
-            tracing::error!(needed_for, problem, "the agent may not ask Consul for what it needs");
+            tracing::error!(
+                needed_for,
+                problem,
+                "the agent may not ask Consul for what it needs"
+            );
         } else {
-            tracing::info!(needed_for, problem, "the agent may not do everything at Consul");
+            tracing::info!(
+                needed_for,
+                problem,
+                "the agent may not do everything at Consul"
+            );
         }
+    }
+}
+
+/// Waits for what is local and for the first whole catalog, but not for ever.
+pub(super) async fn first(
+    snapshots: &mut Snapshots,
+    parts: &ConsulParts,
+    ruled: impl IntoIterator<Item = ServiceName>,
+) {
+    let mut local = parts.services.instances();
+    let known = timeout(FIRST, local.changed());
+    let known = while_waiting("waiting for the services of this node", known).await;
+    if known.is_err() {
+        tracing::error!(
+            "Consul's agent does not tell the services of this node: none is known yet"
+        );
+    }
+    parts.serve(ruled);
+    let is_whole = |snapshot: &Option<Snapshot>| snapshot.as_ref().is_some_and(|s| s.is_whole);
+    let whole = timeout(FIRST, snapshots.wait_for(is_whole));
+    if while_waiting("waiting for the catalog", whole)
+        .await
+        .is_err()
+    {
+        tracing::error!("Consul does not tell its whole catalog: beginning with what is known");
+    }
+}
+
+/// What is local changes, and what depends on it follows.
+#[derive(Debug)]
+pub(super) struct LocalFollower {
+    instances: watch::Receiver<LocalInstances>,
+    upstreams: watch::Receiver<BTreeMap<SocketAddr, ServiceName>>,
+    listeners: UpstreamListeners,
+    /// What of the upstreams is not open, as last told.
+    failed: Vec<String>,
+}
+
+impl LocalFollower {
+    /// # Errors
+    /// If the kernel cannot be asked whose a socket is.
+    pub(super) fn new(
+        parts: &ConsulParts,
+        outbound: Arc<Outbound>,
+        sockets: ListeningSockets,
+    ) -> io::Result<Self> {
+        Ok(Self {
+            instances: parts.services.instances(),
+            upstreams: parts.services.upstreams(),
+            listeners: UpstreamListeners::new(outbound, sockets)?,
+            failed: vec![],
+        })
+    }
+
+    /// Resolves when something local has changed. Cancel-safe.
+    pub(super) async fn changed(&mut self) {
+        tokio::select! {
+            Ok(()) = self.instances.changed() => {}
+            Ok(()) = self.upstreams.changed() => {}
+            // Nobody tells any more.
+            else => std::future::pending().await,
+        }
+    }
+
+    /// The instances now.
+    pub(super) fn instances(&mut self) -> LocalInstances {
+        self.instances.borrow_and_update().clone()
+    }
+
+    /// Opens and closes the ports of explicit upstreams. What could not be opened is tried again at the next call.
+    pub(super) fn follow_upstreams(&mut self) {
+        let wanted = self.upstreams.borrow_and_update().clone();
+        let failed = self.listeners.follow(&wanted);
+        let failed: Vec<String> = failed.iter().map(|e| chain(e).to_string()).collect();
+        for problem in &failed {
+            if !self.failed.contains(problem) {
+                tracing::error!(problem, "upstream not open");
+            }
+        }
+        self.failed = failed;
+    }
+
+    /// Where explicit upstreams are open, with their services, and what could not be opened.
+    pub(super) fn upstreams(&self) -> (Vec<(SocketAddr, ServiceName)>, Vec<String>) {
+        let open = self.listeners.list();
+        let open = open.map(|(address, service)| (address, service.clone()));
+        (open.collect(), self.failed.clone())
     }
 }

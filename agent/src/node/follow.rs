@@ -4,6 +4,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
     path::PathBuf,
     sync::Arc,
     time::Duration,
@@ -14,7 +15,9 @@ use tokio::{
     time::{Interval, MissedTickBehavior, interval},
 };
 
-use super::{Node, away, start, supervisor::Watchdog};
+use super::{
+    Node, NodeError, away, consul::LocalFollower, source::ruled, start, supervisor::Watchdog,
+};
 use crate::{
     config::{self, Config, FilesConfig, SourceConfig},
     datapath::{NetnsCookie, Undesired},
@@ -29,11 +32,21 @@ const NAMESPACES: Duration = Duration::from_secs(1);
 /// How often what a vanished connect left behind is swept, and how old that is.
 const SWEEP: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(30));
 
+/// Resolves when something of what Consul registers here has changed.
+async fn changed(local: &mut Option<LocalFollower>) {
+    match local {
+        Some(local) => local.changed().await,
+        None => std::future::pending().await,
+    }
+}
+
 /// Applies changes to a running node.
 #[derive(Debug)]
 pub(super) struct Follower {
     node: Arc<Node>,
     tunnels: TunnelListeners,
+    /// What Consul registers here, if it is the source.
+    local: Option<LocalFollower>,
     versions: watch::Receiver<u64>,
     /// Cookies of the namespaces that workload rules name, as last seen.
     namespaces: BTreeMap<PathBuf, NetnsCookie>,
@@ -45,23 +58,28 @@ pub(super) struct Follower {
 }
 
 impl Follower {
-    pub(super) fn new(node: Arc<Node>, tunnels: TunnelListeners) -> Self {
+    pub(super) fn new(node: Arc<Node>, tunnels: TunnelListeners) -> Result<Self, NodeError> {
+        let local = node.consul.as_ref().map(|consul| {
+            LocalFollower::new(consul, Arc::clone(&node.outbound), node.sockets.clone())
+                .map_err(NodeError::when("ask the kernel whose sockets are"))
+        });
         let every = |period| {
             let mut interval = interval(period);
             interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
             interval
         };
         let versions = node.catalog.versions();
-        Self {
+        Ok(Self {
             node,
             tunnels,
+            local: local.transpose()?,
             versions,
             namespaces: BTreeMap::new(),
             behind: false,
             look_for_namespaces: every(NAMESPACES),
             sweep: every(SWEEP.0),
             watchdog: Watchdog::new(),
-        }
+        })
     }
 
     pub(super) fn node(&self) -> &Arc<Node> {
@@ -72,12 +90,14 @@ impl Follower {
     pub(super) async fn next_change(&mut self) {
         tokio::select! {
             Ok(()) = self.versions.changed() => self.apply_catalog(),
+            () = changed(&mut self.local) => self.follow_local(),
             _ = self.look_for_namespaces.tick() => {
                 self.watchdog.alive();
                 self.follow_namespaces();
                 if self.behind {
                     self.apply_catalog();
                 }
+                self.follow_upstreams();
             }
             _ = self.sweep.tick() => self.sweep_flows(),
         }
@@ -93,10 +113,7 @@ impl Follower {
         let catalog = node.catalog.current();
         let config = node.config.load();
         node.decide_by(&catalog.snapshot);
-        let targets = Targets::new(&catalog, &node.name, &node.local);
-        self.tunnels.follow(&targets.ports());
-        *node.tunnel_addresses.lock() = self.tunnels.addresses();
-        node.inbound.targets.store(Arc::new(targets));
+        self.follow_local();
         let undesired = if catalog.snapshot.is_whole {
             Undesired::Remove
         } else {
@@ -140,6 +157,44 @@ impl Follower {
         node.outbound.balancer.retain(&catalog.snapshot);
         self.forget_certificates(&config);
         node.cut_forbidden();
+    }
+
+    /// Takes tunnels for what is on this node now: by Consul's registrations, or by the catalog.
+    fn follow_local(&mut self) {
+        let node = Arc::clone(&self.node);
+        let targets = match &mut self.local {
+            Some(local) => {
+                let instances = local.instances();
+                let each = instances
+                    .iter()
+                    .map(|(service, instance)| (service, instance));
+                Targets::new(each, &node.local)
+            }
+            None => Targets::new(node.catalog.current().instances_on(&node.name), &node.local),
+        };
+        let ports = targets.ports();
+        self.tunnels.follow(&ports);
+        let open = self.tunnels.addresses();
+        *node.tunnel_addresses.lock() = open.clone();
+        node.inbound.targets.store(Arc::new(targets));
+        let Some(consul) = &node.consul else {
+            return;
+        };
+        // Registered is only what is listened for.
+        let open = open.iter().map(SocketAddr::port);
+        consul
+            .services
+            .listening_at(open.filter(|port| ports.contains(port)).collect());
+        consul.serve(ruled(&node.config.load()));
+        self.follow_upstreams();
+    }
+
+    /// Opens and closes the ports of explicit upstreams.
+    fn follow_upstreams(&mut self) {
+        if let Some(local) = &mut self.local {
+            local.follow_upstreams();
+            *self.node.upstreams.lock() = local.upstreams();
+        }
     }
 
     /// Certificates are kept for services that are called from here or served here.

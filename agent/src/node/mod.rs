@@ -5,6 +5,7 @@
 
 mod authority;
 mod away;
+mod consul;
 mod follow;
 mod heartbeat;
 mod next_agent;
@@ -22,7 +23,10 @@ pub(crate) use start::vip_pools;
 use std::{
     path::{Path, PathBuf},
     pin::pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -30,11 +34,11 @@ use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use tokio::signal::unix::{SignalKind, signal};
 
-use self::authority::Authority;
+use self::{authority::Authority, consul::ConsulParts};
 use crate::{
     admin::status::PredecessorStatus,
     catalog::{
-        model::{IntentionAction, NodeName, Snapshot},
+        model::{IntentionAction, NodeName, ServiceName, Snapshot},
         store::CatalogStore,
     },
     config::Config,
@@ -92,6 +96,12 @@ struct Node {
     kernel_problem: Mutex<Option<String>>,
     policy: Arc<PolicyStore>,
     authority: Authority,
+    /// What it has of Consul, if that is the source.
+    consul: Option<ConsulParts>,
+    /// Explicit upstreams that are open, and why others are not.
+    upstreams: Mutex<(Vec<(std::net::SocketAddr, ServiceName)>, Vec<String>)>,
+    /// Whether another agent goes on in this one's place.
+    replaced: Arc<AtomicBool>,
     certificates: Certificates,
     datapath: Arc<Datapath>,
     connections: Arc<Connections>,
@@ -275,6 +285,7 @@ async fn drain(node: &Node, end: &End) -> usize {
             node.shutdown.run(name, deadline).await
         }
         End::Replaced(successor) => {
+            node.replaced.store(true, Ordering::Release);
             node.sockets.give();
             supervisor::replaced_by(successor.process);
             node.shutdown.release_operators();

@@ -2,11 +2,15 @@
 
 use std::sync::Arc;
 
-use super::{Node, NodeError, authority::Authority};
+use super::{
+    Node, NodeError,
+    authority::Authority,
+    consul::{self, ConsulParts, Snapshots, Surroundings},
+};
 use crate::{
     catalog::{
         file::{self, FileContext, FileSource, Loaded, Severity},
-        model::{NodeName, Snapshot},
+        model::{NodeName, ServiceName, Snapshot},
         store::CatalogStore,
     },
     config::{Config, FilesConfig, SourceConfig},
@@ -19,6 +23,8 @@ use crate::{
 pub(super) enum Source {
     /// A directory of files, with what was read of it last.
     Files(FileSource, Loaded),
+    /// Consul.
+    Consul(Snapshots),
 }
 
 /// A source, with what it says of this node.
@@ -29,6 +35,8 @@ pub(super) struct Opened {
     pub(super) local: LocalDomain,
     pub(super) authority: Authority,
     pub(super) source: Source,
+    /// What a node has beside, if Consul is the source.
+    pub(super) consul: Option<ConsulParts>,
 }
 
 impl Source {
@@ -36,8 +44,10 @@ impl Source {
     ///
     /// # Errors
     /// If this node could have no identity.
-    pub(super) fn open(config: &Config) -> Result<Opened, NodeError> {
+    pub(super) async fn open(around: Surroundings<'_>) -> Result<Opened, NodeError> {
+        let config = around.config;
         match &config.source {
+            SourceConfig::Consul(consul) => consul::open(consul, around).await,
             SourceConfig::Files(files) => {
                 let directory = files.directory.clone();
                 let source = FileSource::new(directory, file_context(config, files));
@@ -49,17 +59,30 @@ impl Source {
                     ),
                     authority: Authority::builtin(files)?,
                     source: Self::Files(source, Loaded::default()),
+                    consul: None,
                 })
             }
         }
     }
 
     /// Puts in force what the source says now. Returns what is wrong with it.
-    pub(super) fn load(&mut self, catalog: &CatalogStore) -> Vec<String> {
+    pub(super) async fn load(
+        &mut self,
+        catalog: &CatalogStore,
+        consul: Option<&ConsulParts>,
+        config: &Config,
+    ) -> Vec<String> {
         match self {
             Self::Files(source, loaded) => {
                 *loaded = source.load();
                 publish_files(catalog, loaded)
+            }
+            Self::Consul(snapshots) => {
+                if let Some(parts) = consul {
+                    consul::first(snapshots, parts, ruled(config)).await;
+                }
+                let first = snapshots.borrow_and_update().clone();
+                first.map_or_else(Vec::new, |snapshot| publish(catalog, snapshot))
             }
         }
     }
@@ -68,6 +91,20 @@ impl Source {
     pub(super) fn watch(self, node: &Arc<Node>) {
         let (shutdown, inner) = (node.shutdown.clone(), Arc::clone(node));
         match self {
+            Self::Consul(mut snapshots) => {
+                node.shutdown.spawn_service("catalog", async move {
+                    while snapshots.changed().await.is_ok() {
+                        let Some(snapshot) = snapshots.borrow_and_update().clone() else {
+                            continue;
+                        };
+                        if inner.shutdown.is_draining() {
+                            inner.enforce(&snapshot);
+                        } else {
+                            *inner.catalog_problems.lock() = publish(&inner.catalog, snapshot);
+                        }
+                    }
+                });
+            }
             Self::Files(source, loaded) => {
                 let publish = move |loaded: &Loaded| {
                     if inner.shutdown.is_draining() {
@@ -82,6 +119,11 @@ impl Source {
             }
         }
     }
+}
+
+/// The services that rules of the configuration name.
+pub(super) fn ruled(config: &Config) -> impl Iterator<Item = ServiceName> {
+    config.workloads.iter().map(|rule| rule.service.clone())
 }
 
 /// What the files may leave out, on this node.

@@ -3,7 +3,7 @@
 use std::{
     os::fd::OwnedFd,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, atomic::AtomicBool},
     time::SystemTime,
 };
 
@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 use super::{
     Node, NodeError,
     authority::Authority,
+    consul::Surroundings,
     follow::Follower,
     heartbeat::{self, Heartbeats},
     source::{Opened, Source},
@@ -70,22 +71,32 @@ pub(super) async fn start(
     let cgroups = Arc::new(own_cgroup(&config)?);
     let telemetry = telemetry(&config)?;
     let catalog = catalog(&config);
+    let workloads = Arc::new(workloads(&config, Arc::clone(&cgroups))?);
+    let replaced = Arc::<AtomicBool>::default();
+    let around = Surroundings {
+        config: &config,
+        cgroups: &cgroups,
+        workloads: &workloads,
+        replaced: &replaced,
+        shutdown: &shutdown,
+    };
     let Opened {
         name,
         local,
         authority,
         mut source,
-    } = Source::open(&config, &shutdown).await?;
-    let problems = source.load(&catalog).await;
+        consul,
+    } = Source::open(around).await?;
+    let problems = source.load(&catalog, consul.as_ref(), &config).await;
     let certificates = certificates(&authority, &shutdown);
     let policy = Arc::new(PolicyStore::new(intentions(&config, &catalog)));
     let datapath = Arc::new(datapath(&config, &cgroups, inheritance.pin_lock)?);
     let connections = Connections::new(config.limits.max_connections);
-    let workloads = workloads(&config, Arc::clone(&cgroups))?;
     let outbound = Arc::new(Outbound {
         datapath: Arc::clone(&datapath),
         catalog: Arc::clone(&catalog),
-        workloads: Arc::new(workloads),
+        workloads: Arc::clone(&workloads),
+        freshness: consul.as_ref().map(|consul| consul.source.clone()),
         policy: Arc::clone(&policy),
         certificates: certificates.clone(),
         balancer: Balancer::default(),
@@ -97,7 +108,7 @@ pub(super) async fn start(
     });
     let inbound = Arc::new(Inbound {
         catalog: Arc::clone(&catalog),
-        targets: ArcSwap::from_pointee(Targets::new(&catalog.current(), &name, &local)),
+        targets: ArcSwap::default(),
         namespaces: ArcSwap::from_pointee(namespaces(&config.workloads)),
         policy: Arc::clone(&policy),
         certificates: certificates.clone(),
@@ -121,6 +132,7 @@ pub(super) async fn start(
         config_path,
         started_at: SystemTime::now(),
         name,
+        replaced,
         log,
         telemetry,
         catalog,
@@ -128,6 +140,8 @@ pub(super) async fn start(
         kernel_problem: Mutex::default(),
         policy,
         authority,
+        consul,
+        upstreams: Mutex::default(),
         certificates,
         datapath,
         connections,
@@ -143,7 +157,7 @@ pub(super) async fn start(
         shutdown,
         config: ArcSwap::from_pointee(config),
     });
-    let mut follower = Follower::new(Arc::clone(&node), tunnels);
+    let mut follower = Follower::new(Arc::clone(&node), tunnels)?;
     begin_capture(&mut follower)?;
     source.watch(&node);
     log_refusals(&node)?;

@@ -15,7 +15,7 @@ use tokio::net::{TcpListener, TcpStream};
 use self::balance::{Balancer, Ejection};
 use crate::{
     accept::accept_all,
-    catalog::{model::ServiceName, store::CatalogStore},
+    catalog::{consul::ConsulHandle, model::ServiceName, store::CatalogStore},
     connections::Connections,
     datapath::{Captured, Datapath},
     health,
@@ -38,6 +38,8 @@ pub struct Outbound {
     pub catalog: Arc<CatalogStore>,
     /// Which process belongs to which service.
     pub workloads: Arc<WorkloadResolver>,
+    /// Reads anew what is known of a service before it is called, where the catalog's source does not follow it.
+    pub freshness: Option<ConsulHandle>,
     /// Intentions.
     pub policy: Arc<PolicyStore>,
     /// One certificate per workload identity.
@@ -144,7 +146,7 @@ impl Outbound {
         };
         record.source(&caller.identity, &caller.identity.service);
         record.enter(Stage::Route);
-        let callee = match self.destination(captured, wanted) {
+        let callee = match self.destination(captured, wanted).await {
             Ok(callee) => callee,
             Err(outcome) => return outcome,
         };

@@ -96,19 +96,28 @@ impl Outbound {
 
     /// Which service is called. The owner of an original destination must be the one that the kernel saw at
     /// `connect()`.
-    pub(super) fn destination(
+    pub(super) async fn destination(
         &self,
         captured: &Captured,
         wanted: Wanted<'_>,
     ) -> Result<Callee, Outcome> {
-        let catalog = self.catalog.current();
-        let service = match wanted {
-            Wanted::Captured => catalog
-                .service_at(captured.destination)
-                .filter(|service| id_of(&service.name) == captured.service),
-            Wanted::Service(name) => catalog.service(name),
+        let find = |catalog: &Catalog| {
+            let service = match wanted {
+                Wanted::Captured => catalog
+                    .service_at(captured.destination)
+                    .filter(|service| id_of(&service.name) == captured.service),
+                Wanted::Service(name) => catalog.service(name),
+            };
+            service.map(Arc::clone)
         };
-        if let Some(service) = service.map(Arc::clone) {
+        let mut catalog = self.catalog.current();
+        let mut found = find(&catalog);
+        if let (Some(service), Some(source)) = (&found, &self.freshness) {
+            source.wanted(&service.name).await;
+            catalog = self.catalog.current();
+            found = find(&catalog);
+        }
+        if let Some(service) = found {
             return Ok(Callee { service, catalog });
         }
         let error = match wanted {

@@ -33,6 +33,7 @@ use super::{
     answers::{AgentServices, ServiceEntry},
     judge::{Before, Doubt, Verdict, judge},
     position::{Pace, PaceLimits},
+    upstreams::{Upstreams, upstreams},
 };
 use crate::{
     catalog::model::{Instance, InstanceId, ServiceName},
@@ -67,6 +68,10 @@ pub type LocalInstances = Arc<Vec<(ServiceName, Arc<Instance>)>>;
 pub struct RegistrarSettings {
     /// Who registers, and where it is reached.
     pub node: OwnNode,
+    /// The node's datacenter.
+    pub datacenter: String,
+    /// `consul.register`: if not, nothing is registered.
+    pub register: bool,
     /// `consul.inbound_ports`
     pub inbound_ports: RangeInclusive<u16>,
     /// Remembers the ports across restarts.
@@ -85,10 +90,13 @@ pub struct Registrar {
     sockets: Option<SockDiag>,
     known: Known,
     instances: watch::Sender<LocalInstances>,
+    upstreams: watch::Sender<BTreeMap<SocketAddr, ServiceName>>,
     listening: watch::Receiver<BTreeSet<u16>>,
     status: Arc<Mutex<RegistrarStatus>>,
     reading: Pace,
     writing: Pace,
+    /// Whether what is local has been told, be it nothing.
+    has_looked: bool,
     /// Nothing is registered before, because the last attempt failed.
     not_before: Option<Instant>,
 }
@@ -123,14 +131,20 @@ pub struct RegistrarStatus {
 #[derive(Debug)]
 pub struct LocalServices {
     instances: watch::Receiver<LocalInstances>,
+    upstreams: watch::Receiver<BTreeMap<SocketAddr, ServiceName>>,
     listening: watch::Sender<BTreeSet<u16>>,
     status: Arc<Mutex<RegistrarStatus>>,
 }
 
 impl LocalServices {
-    /// The instances to take tunnels for, now and after each change.
+    /// The instances to take tunnels for, now and after each change. The first change tells that they are known.
     pub fn instances(&self) -> watch::Receiver<LocalInstances> {
         self.instances.clone()
+    }
+
+    /// The explicit upstreams that sidecars are registered with: the service by the address to listen at.
+    pub fn upstreams(&self) -> watch::Receiver<BTreeMap<SocketAddr, ServiceName>> {
+        self.upstreams.clone()
     }
 
     /// Says at which ports there is a listener: only those are registered.
@@ -161,6 +175,7 @@ impl Registrar {
             tracing::error!(problem = %chain(&problem), "inbound ports follow from ids again");
         }
         let (instances, local) = watch::channel(LocalInstances::default());
+        let (upstreams, local_upstreams) = watch::channel(BTreeMap::new());
         let (listening, listening_seen) = watch::channel(BTreeSet::new());
         let status = Arc::<Mutex<RegistrarStatus>>::default();
         let registrar = Self {
@@ -171,14 +186,17 @@ impl Registrar {
             sockets: None,
             known: Known::default(),
             instances,
+            upstreams,
             listening: listening_seen,
             status: Arc::clone(&status),
             reading: Pace::new(PAUSES, Instant::now()),
             writing: Pace::new(PAUSES, Instant::now()),
+            has_looked: false,
             not_before: None,
         };
         let other_side = LocalServices {
             instances: local,
+            upstreams: local_upstreams,
             listening,
             status,
         };
@@ -222,6 +240,7 @@ impl Registrar {
             self.tell(problems, vec![]);
             return self.reading.after_failure(fastrand::f64());
         };
+        self.offer_upstreams(&present, &mut problems);
         let (services, unusable) = local_services(&present);
         for id in unusable {
             let problem = format!(
@@ -231,15 +250,18 @@ impl Registrar {
         }
         self.find(&services, &mut problems);
         let instances = self.instances_of(services, &mut problems);
+        let is_first = !std::mem::replace(&mut self.has_looked, true);
         self.instances.send_if_modified(|before| {
             let is_new = **before != instances;
             *before = Arc::new(instances.clone());
-            is_new
+            is_new || is_first
         });
         let listening = self.listening.borrow_and_update().clone();
         let reached: Vec<_> = instances
             .iter()
-            .filter(|(_, instance)| listening.contains(&instance.tunnel.port()))
+            .filter(|(_, instance)| {
+                self.settings.register && listening.contains(&instance.tunnel.port())
+            })
             .collect();
         if !is_away {
             let wanted = reached
@@ -257,6 +279,19 @@ impl Registrar {
         } else {
             POLL
         }
+    }
+
+    fn offer_upstreams(&self, present: &AgentServices, problems: &mut BTreeSet<String>) {
+        let Upstreams {
+            services,
+            problems: refused,
+        } = upstreams(present.0.values(), &self.settings.datacenter);
+        problems.extend(refused);
+        self.upstreams.send_if_modified(|before| {
+            let is_new = *before != services;
+            *before = services;
+            is_new
+        });
     }
 
     /// What Consul's agent has, if it can be believed.

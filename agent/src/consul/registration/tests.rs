@@ -59,6 +59,8 @@ impl Setup {
         let workloads = Arc::new(workloads);
         let settings = RegistrarSettings {
             node: node(),
+            datacenter: "dc1".to_owned(),
+            register: true,
             inbound_ports: self.port..=self.port,
             state_file: None,
             discovery: self.discovery,

@@ -5,7 +5,7 @@
 //! roots that it lists are trusted and a leaf's chain is sent whole. Nothing here is asked of the servers' leader, so that
 //! certificates outlive a Consul without one, up to their end.
 
-use std::{sync::Arc, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use rustls_pki_types::CertificateDer;
@@ -60,6 +60,8 @@ pub struct ConsulAgent {
     pub datacenter: String,
     /// Consul's name for this node.
     pub node: String,
+    /// Where the members of its cluster reach it.
+    pub address: Option<IpAddr>,
     /// Its version, for people.
     pub version: String,
 }
@@ -72,10 +74,11 @@ impl ConsulAgent {
     pub async fn ask(client: &Client) -> Result<Self, ConsulCaError> {
         let request = Request::to(&["v1", "agent", "self"]);
         let answered = client.get::<AgentSelf>(&request).await;
-        let config = answered.map_err(ConsulCaError::agent_self)?.body.config;
+        let AgentSelf { config, member } = answered.map_err(ConsulCaError::agent_self)?.body;
         Ok(Self {
             datacenter: config.datacenter,
             node: config.node_name,
+            address: member.addr.parse().ok(),
             version: config.version,
         })
     }
