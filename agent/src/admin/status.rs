@@ -48,6 +48,8 @@ pub struct Status {
     pub hand_over: BTreeMap<String, u64>,
     /// The catalog in use.
     pub catalog: CatalogStatus,
+    /// What Consul says, where that is the source.
+    pub consul: Option<ConsulStatus>,
     /// Every service and where it is called.
     pub services: Vec<ServiceStatus>,
     /// What signs certificates on this node.
@@ -126,6 +128,34 @@ pub struct CatalogStatus {
     pub age_seconds: u64,
     /// What is wrong with its sources: the previous content of what is named here is still in use.
     pub problems: Vec<String>,
+}
+
+/// How the agent and Consul get on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConsulStatus {
+    /// Where Consul is.
+    pub address: String,
+    /// Its version.
+    pub version: String,
+    /// How many services are followed by a blocking query.
+    pub watched: usize,
+    /// How many others are read in turns.
+    pub in_turns: usize,
+    /// How many were not read yet.
+    pub unread: usize,
+    /// The instances that are reached through this node.
+    pub registered: Vec<RegisteredStatus>,
+    /// What is wrong: what was known before is still in use.
+    pub problems: Vec<String>,
+}
+
+/// An instance with a proxy that this agent registered.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RegisteredStatus {
+    /// Its id.
+    pub instance: String,
+    /// The port of its proxy.
+    pub port: u16,
 }
 
 /// A service and where it is called.

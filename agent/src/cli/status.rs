@@ -8,7 +8,7 @@ use super::{block_on, load_config, output};
 use crate::{
     admin::{
         client,
-        status::{HeartbeatStatus, Status},
+        status::{ConsulStatus, HeartbeatStatus, Status},
     },
     telemetry::timestamp::Timestamp,
 };
@@ -115,6 +115,9 @@ fn summary(status: &Status) -> String {
     for problem in &catalog.problems {
         text.push_str(&format!("  problem: {problem}\n"));
     }
+    if let Some(consul) = &status.consul {
+        text.push_str(&consul_lines(consul));
+    }
     let authority = &status.authority;
     text.push_str(&format!(
         "authority: {}, {}, trusts {}\n",
@@ -123,6 +126,21 @@ fn summary(status: &Status) -> String {
         authority.roots.join(" and ")
     ));
     if let Some(problem) = &authority.problem {
+        text.push_str(&format!("  problem: {problem}\n"));
+    }
+    text
+}
+
+fn consul_lines(consul: &ConsulStatus) -> String {
+    let mut text = format!(
+        "consul: {} at {}, {} services followed, {} read in turns, {} unread\n",
+        consul.version, consul.address, consul.watched, consul.in_turns, consul.unread
+    );
+    for registered in &consul.registered {
+        let (instance, port) = (&registered.instance, registered.port);
+        text.push_str(&format!("  {instance} is reached at port {port}\n"));
+    }
+    for problem in &consul.problems {
         text.push_str(&format!("  problem: {problem}\n"));
     }
     text

@@ -134,6 +134,14 @@ impl<T: DeserializeOwned + PartialEq + Content> Watch<T> {
         }
     }
 
+    /// Asks once, without waiting for a change; `None` if there is nothing new to say. For those who read in turns of
+    /// their own, and bound how often.
+    pub async fn read(&mut self) -> Option<Event<T>> {
+        self.position = Position::Unknown;
+        let answered = self.client.get::<T>(&self.next_request()).await;
+        self.take(answered, Instant::now(), fastrand::f64())
+    }
+
     #[cfg(test)]
     pub(super) fn set_position(&mut self, position: Position) {
         self.position = position;

@@ -23,6 +23,7 @@ use super::{
     supervisor,
 };
 use crate::{
+    admin::status::{ConsulStatus, RegisteredStatus, WorkloadStatus},
     catalog::{
         consul::{ConsulHandle, ConsulSource, SourceSettings},
         model::{NodeName, ServiceName, Snapshot},
@@ -65,11 +66,57 @@ pub(super) struct ConsulParts {
     pub(super) services: LocalServices,
     /// The services that are here: what they may call is read.
     local: watch::Sender<Option<BTreeSet<ServiceName>>>,
-    pub(super) address: String,
-    pub(super) version: String,
+    address: String,
+    version: String,
 }
 
 impl ConsulParts {
+    /// For operators.
+    pub(super) fn status(&self) -> ConsulStatus {
+        let source = self.source.status();
+        let now = Instant::now();
+        let watches = source.watches.iter().filter_map(|watch| {
+            let problem = watch.problem.as_ref()?;
+            let age = watch.age(now);
+            let age = age.map_or("never read".to_owned(), |age| {
+                format!("read {} s ago", age.as_secs())
+            });
+            Some(format!("{} ({age}): {problem}", watch.path))
+        });
+        let registrar = self.services.status();
+        let problems = watches
+            .chain(source.problem.clone())
+            .chain(source.problems.clone())
+            .chain(registrar.problems);
+        let registered = registrar.registered.into_iter();
+        ConsulStatus {
+            address: self.address.clone(),
+            version: self.version.clone(),
+            watched: source.watched,
+            in_turns: source.in_turns,
+            unread: source.unread,
+            registered: registered
+                .map(|(instance, port)| RegisteredStatus {
+                    instance: instance.to_string(),
+                    port,
+                })
+                .collect(),
+            problems: problems.collect(),
+        }
+    }
+
+    /// The cgroups that were found to be services.
+    pub(super) fn discovered(&self) -> Vec<WorkloadStatus> {
+        let found = self.services.status().discovered.into_iter();
+        found
+            .map(|(cgroup, service)| WorkloadStatus {
+                service: service.to_string(),
+                rule: format!("found in cgroup {}", cgroup.display()),
+                present: true,
+            })
+            .collect()
+    }
+
     /// The services of this node are those that rules name and those that have an instance here.
     pub(super) fn serve(&self, ruled: impl IntoIterator<Item = ServiceName>) {
         let mut local: BTreeSet<ServiceName> = ruled.into_iter().collect();
@@ -185,11 +232,9 @@ fn register(
     let own = cgroups
         .own()
         .map_err(NodeError::when("find the agent's own cgroup"))?;
-    let discovery = consul.discover_workloads.then(|| Bounds {
-        attach_points: config.capture.cgroups.clone(),
-        agent: own,
-        init: cgroups.of_first_process().unwrap_or_default(),
-    });
+    let init = cgroups.of_first_process();
+    let bounds = || Bounds::new(&config.capture.cgroups, &own, init.as_deref());
+    let discovery = consul.discover_workloads.then(bounds);
     let address = config.node.address.or(agent.address);
     let settings = RegistrarSettings {
         node: OwnNode {

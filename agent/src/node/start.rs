@@ -39,7 +39,7 @@ use crate::{
     },
     inbound::{
         Inbound, InboundSettings, NamespaceRule, Namespaces, deliver::Deliverer,
-        listeners::TunnelListeners, targets::Targets,
+        listeners::TunnelListeners,
     },
     lifecycle::Shutdown,
     outbound::{

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use super::{Node, away, next_agent, start};
+use super::{Node, away, consul::ConsulParts, next_agent, start};
 use crate::{
     admin::{
         StatusSource,
@@ -75,6 +75,7 @@ impl StatusSource for Operators {
                 .map(|(name, n)| (name.to_owned(), n))
                 .collect(),
             catalog: catalog_status(node),
+            consul: node.consul.as_ref().map(ConsulParts::status),
             services: services(&node.catalog.current()),
             authority: node.authority.status(),
             certificates: certificates(node),
@@ -288,6 +289,11 @@ fn listeners(node: &Node) -> Vec<ListenerStatus> {
     let tunnels = tunnels
         .into_iter()
         .map(|a| listener("tunnel", a.to_string(), None));
+    let (upstreams, _failed) = node.upstreams.lock().clone();
+    let upstreams = upstreams.into_iter().map(|(address, service)| {
+        let address = format!("{address} for {service}");
+        listener("upstream", address, None)
+    });
     let metrics = config
         .telemetry
         .metrics
@@ -295,6 +301,7 @@ fn listeners(node: &Node) -> Vec<ListenerStatus> {
     let admin = listener("admin", config.admin.socket.display().to_string(), None);
     captures
         .chain(tunnels)
+        .chain(upstreams)
         .chain(metrics)
         .chain([admin])
         .collect()
@@ -324,7 +331,11 @@ fn workloads(node: &Node) -> Vec<WorkloadStatus> {
             present,
         }
     };
-    config.workloads.iter().map(describe).collect()
+    let mut workloads: Vec<_> = config.workloads.iter().map(describe).collect();
+    if let Some(consul) = &node.consul {
+        workloads.extend(consul.discovered());
+    }
+    workloads
 }
 
 fn since(then: SystemTime) -> u64 {
@@ -335,6 +346,7 @@ fn since(then: SystemTime) -> u64 {
 fn problems(node: &Node) -> Vec<String> {
     let mut problems = node.catalog_problems.lock().clone();
     problems.extend(node.kernel_problem.lock().clone());
+    problems.extend(node.upstreams.lock().1.clone());
     let (config, catalog) = (node.config.load(), node.catalog.current());
     let ranges = start::vip_pools(&config);
     problems.extend(away::problems(&config.away, &catalog, ranges));

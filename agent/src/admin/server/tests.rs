@@ -46,6 +46,7 @@ fn example() -> Status {
             age_seconds: 5,
             problems: vec!["web.hcl: line 3: expected }".to_owned()],
         },
+        consul: None,
         services: vec![],
         authority: AuthorityStatus {
             subject: "CN=Sidestep CA 5ca1ab1e a".to_owned(),

@@ -403,6 +403,20 @@ pub enum ConsulCaError {
 }
 
 impl ConsulCaError {
+    /// Whether Consul refuses for lack of rights, so that asking again does not help.
+    pub fn is_refused(&self) -> bool {
+        match self {
+            Self::NotAllowed { .. } => true,
+            Self::Leaf { source, .. } | Self::Roots { source } | Self::AgentSelf { source } => {
+                source.is_refused()
+            }
+            Self::NotALeaf { .. }
+            | Self::Root { .. }
+            | Self::Bundle { .. }
+            | Self::TrustDomain { .. } => false,
+        }
+    }
+
     fn agent_self(source: ConsulError) -> Self {
         Self::AgentSelf {
             source: Box::new(source),

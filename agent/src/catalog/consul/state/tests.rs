@@ -1,0 +1,236 @@
+//! The state with every order of answers that a datacenter may give.
+
+use serde_json::json;
+
+use super::*;
+use crate::catalog::consul::{chain::ChainAnswer, entries::Resolvers};
+use crate::catalog::model::{Intention, IntentionMatch};
+
+fn name(text: &str) -> ServiceName {
+    text.parse().unwrap()
+}
+
+fn names(texts: &[&str]) -> BTreeSet<ServiceName> {
+    texts.iter().map(|text| name(text)).collect()
+}
+
+fn state() -> State {
+    let domain = LocalDomain::new("td.test".parse().unwrap(), "dc1".to_owned());
+    let mut state = State::new("n1".parse().unwrap(), domain, false);
+    state.local = Some(names(&["web"]));
+    state.names = Some(names(&[
+        "consul",
+        "db",
+        "db-sidecar-proxy",
+        "api",
+        "web",
+        "web-sidecar-proxy",
+    ]));
+    state.defaults = Some(Arc::default());
+    state.global = Some(Arc::default());
+    state.resolvers = Some(BTreeSet::new());
+    state.policy = Some(Arc::new(Policy {
+        intentions: vec![allow("web", "db")],
+        default: Some(IntentionAction::Deny),
+        problems: vec![],
+    }));
+    state.choose();
+    state
+}
+
+fn allow(source: &str, destination: &str) -> Intention {
+    let side = |text: &str| IntentionMatch {
+        namespace: Some("default".into()),
+        name: Some(name(text)),
+    };
+    Intention {
+        source: side(source),
+        destination: side(destination),
+        action: IntentionAction::Allow,
+        description: String::new(),
+        entry: "".into(),
+    }
+}
+
+fn known(instances: &[(&str, &str, &str)]) -> Arc<Endpoints> {
+    let entry = |(id, node, status): &(&str, &str, &str)| {
+        json!({"Node": {"Node": node, "Address": "192.0.2.7"},
+            "Service": {"ID": format!("{id}-proxy"), "Kind": "connect-proxy", "Port": 21000,
+                "Proxy": {"DestinationServiceID": id, "LocalServicePort": 80}},
+            "Checks": [{"Status": status}]})
+    };
+    let entries: Vec<_> = instances.iter().map(entry).collect();
+    serde_json::from_value(json!(entries))
+        .map(Arc::new)
+        .unwrap()
+}
+
+fn shown(state: &mut State) -> (bool, Vec<String>) {
+    let queries = state.queries();
+    let snapshot = state.snapshot(&queries);
+    let services = snapshot.services.values().map(|service| {
+        let instances = service.instances.iter();
+        let instances: Vec<_> = instances
+            .map(|i| format!("{}*{}", i.id, i.weight()))
+            .collect();
+        format!("{}: {}", service.name, instances.join(" "))
+    });
+    (snapshot.is_whole, services.collect())
+}
+
+#[test]
+fn only_what_concerns_this_node_is_read() {
+    let mut state = state();
+    let read = |state: &State| {
+        let queries = state.queries();
+        let names: Vec<_> = queries.iter().map(|q| q.service.to_string()).collect();
+        names.join(" ")
+    };
+    assert_eq!(read(&state), "web db");
+    let everyone = Policy {
+        default: Some(IntentionAction::Allow),
+        ..Policy::default()
+    };
+    state.policy = Some(Arc::new(everyone));
+    state.choose();
+    assert_eq!(
+        read(&state),
+        "web api consul db db-sidecar-proxy web-sidecar-proxy"
+    );
+    // What is called comes first, then what can be called.
+    state
+        .endpoints
+        .insert(Query::of(&name("db")), known(&[("db-1", "n2", "passing")]));
+    state.wanted.insert(name("consul"), Instant::now());
+    assert_eq!(
+        read(&state),
+        "web consul db api db-sidecar-proxy web-sidecar-proxy"
+    );
+}
+
+#[test]
+fn a_catalog_is_whole_when_everything_was_read() {
+    let mut state = state();
+    assert_eq!(shown(&mut state), (false, vec![]));
+    state
+        .endpoints
+        .insert(Query::of(&name("db")), known(&[("db-1", "n2", "passing")]));
+    assert_eq!(shown(&mut state), (false, vec!["db: db-1*1".to_owned()]));
+    state.endpoints.insert(Query::of(&name("web")), known(&[]));
+    // web cannot be called: no proxy. It gets no address.
+    assert_eq!(shown(&mut state), (true, vec!["db: db-1*1".to_owned()]));
+    // And whole it stays.
+    state.policy = Some(Arc::new(Policy {
+        default: Some(IntentionAction::Allow),
+        ..Policy::default()
+    }));
+    state.choose();
+    assert!(shown(&mut state).0);
+    for part in 0..6 {
+        let mut state = self::state();
+        for service in ["db", "web"] {
+            state
+                .endpoints
+                .insert(Query::of(&name(service)), known(&[]));
+        }
+        match part {
+            0 => state.local = None,
+            1 => state.names = None,
+            2 => state.policy = None,
+            3 => state.defaults = None,
+            4 => state.global = None,
+            _ => state.resolvers = None,
+        }
+        assert!(!shown(&mut state).0, "part {part}");
+    }
+}
+
+#[test]
+fn a_name_that_left_the_list_stays_until_its_own_answer_is_empty() {
+    let mut state = state();
+    let db = Query::of(&name("db"));
+    state
+        .endpoints
+        .insert(db.clone(), known(&[("db-1", "n2", "passing")]));
+    state.names = Some(names(&["consul"]));
+    state.choose();
+    assert_eq!(shown(&mut state).1, ["db: db-1*1"]);
+    state.endpoints.insert(db, known(&[]));
+    state.choose();
+    assert_eq!(shown(&mut state).1, [""; 0]);
+    assert_eq!(state.queries(), [Query::of(&name("web"))]);
+}
+
+#[test]
+fn what_nobody_here_may_call_any_more_is_forgotten() {
+    let mut state = state();
+    let db = Query::of(&name("db"));
+    state
+        .endpoints
+        .insert(db.clone(), known(&[("db-1", "n2", "passing")]));
+    state.policy = Some(Arc::default());
+    state.policy = Some(Arc::new(Policy {
+        default: Some(IntentionAction::Deny),
+        ..Policy::default()
+    }));
+    state.choose();
+    let queries = state.queries();
+    state.retain(&queries);
+    assert!(!state.endpoints.contains_key(&db));
+    assert_eq!(shown(&mut state).1, [""; 0]);
+}
+
+#[test]
+fn a_resolver_decides_whose_instances_are_called() {
+    let mut state = state();
+    let resolvers: Resolvers =
+        serde_json::from_value(json!([{"Name": "db", "ModifyIndex": 7}, {"Name": "web"}])).unwrap();
+    state.resolvers = Some(resolvers.names());
+    state.choose();
+    assert_eq!(state.with_resolver(), [name("db"), name("web")]);
+    state
+        .endpoints
+        .insert(Query::of(&name("db")), known(&[("db-1", "n2", "passing")]));
+    // Until the chain is known, nobody is sent to the wrong place.
+    assert_eq!(shown(&mut state), (false, vec![]));
+    let chain = |service: &str, filter: &str| -> ChainAnswer {
+        serde_json::from_value(json!({"Chain": {"Datacenter": "dc1", "StartNode": "r",
+            "Nodes": {"r": {"Resolver": {"Target": "t"}}},
+            "Targets": {"t": {"Service": service, "Datacenter": "dc1", "Subset": {"Filter": filter}}}}}))
+        .unwrap()
+    };
+    for (service, target, filter) in [("db", "db-standby", ""), ("web", "web", "v2")] {
+        let plan = Plan::of_chain(&name(service), &chain(target, filter)).unwrap();
+        state.plans.insert(name(service), plan);
+    }
+    let queries = state.queries();
+    let standby = Query::of(&name("db-standby"));
+    let v2 = Query {
+        filter: "v2".into(),
+        ..Query::of(&name("web"))
+    };
+    // The local service's own instances are read as well, for those who call them from elsewhere.
+    assert_eq!(
+        queries,
+        [v2.clone(), Query::of(&name("web")), standby.clone()]
+    );
+    state.retain(&queries);
+    state
+        .endpoints
+        .insert(standby, known(&[("standby-1", "n3", "passing")]));
+    state
+        .endpoints
+        .insert(v2, known(&[("web-2", "n2", "passing")]));
+    let own = known(&[("web-1", "n1", "passing"), ("web-2", "n2", "passing")]);
+    state.endpoints.insert(Query::of(&name("web")), own);
+    assert_eq!(
+        shown(&mut state),
+        (
+            true,
+            vec![
+                "db: standby-1*1".to_owned(),
+                "web: web-2*1 web-1*0".to_owned()
+            ]
+        )
+    );
+}
