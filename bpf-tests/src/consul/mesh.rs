@@ -4,6 +4,7 @@ use std::{
     fmt::Write as _,
     fs,
     net::{IpAddr, SocketAddr},
+    path::PathBuf,
 };
 
 use anyhow::{Context as _, Result};
@@ -178,6 +179,20 @@ impl ConsulMesh {
             Ok(Some(SocketAddr::new(address, port)))
         })
         .with_context(|| self.said())
+    }
+
+    /// Writes a file for `sidestep-peer` with a line for each: virtual address and the name that answers.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn write_targets(&self, targets: &[(IpAddr, &str)]) -> Result<PathBuf> {
+        let lines: Vec<String> = targets
+            .iter()
+            .map(|(address, name)| format!("{} {name}\n", SocketAddr::new(*address, 80)))
+            .collect();
+        let file = self.lab.scratch().directory().join("targets");
+        fs::write(&file, lines.concat()).with_context(|| format!("writing {}", file.display()))?;
+        Ok(file)
     }
 
     /// What the agents said, for the reader of a failure.

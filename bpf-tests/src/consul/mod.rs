@@ -184,6 +184,23 @@ impl Consul {
         self.tls.as_ref()
     }
 
+    /// `consul` with `arguments`, on `node`, for that node's agent and with every right.
+    ///
+    /// # Errors
+    /// As [`Node::tool`].
+    pub fn command(&self, node: &Node, arguments: &[&str]) -> Result<Program> {
+        let program = node.tool("consul")?.args(arguments);
+        let Some(tls) = &self.tls else {
+            return Ok(program.env("CONSUL_HTTP_ADDR", HTTP));
+        };
+        Ok(program
+            .env("CONSUL_HTTP_ADDR", HTTPS)
+            .env("CONSUL_HTTP_TOKEN", MANAGEMENT)
+            .env("CONSUL_CACERT", &tls.ca)
+            .env("CONSUL_CLIENT_CERT", &tls.certificate)
+            .env("CONSUL_CLIENT_KEY", &tls.key))
+    }
+
     /// Which server leads, once one does.
     ///
     /// # Errors
@@ -230,6 +247,9 @@ fn cluster_configuration(tls: &Tls, role: &str, address: IpAddr, servers: &[IpAd
         "acl": {
             "enabled": true,
             "default_policy": "deny",
+            // A changed policy is in force within a second, not half a minute.
+            "policy_ttl": "1s",
+            "token_ttl": "1s",
             "tokens": { "agent": MANAGEMENT },
         },
     })

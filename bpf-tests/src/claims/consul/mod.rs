@@ -1,6 +1,14 @@
 //! Services that exist only in Consul, and peers that know nothing of Sidestep.
 
-use super::Topic;
+mod calls;
+mod peers;
+mod shapes;
+mod intentions;
+mod roots;
+mod outage;
+mod changes;
+
+use super::{Claim, Topic};
 
 /// See the module.
 pub const TOPIC: Topic = Topic {
@@ -10,6 +18,7 @@ pub const TOPIC: Topic = Topic {
         "ip",
         "curl",
         "openssl",
+        "python3",
         "nginx",
         "redis-server",
         "redis-cli",
@@ -18,5 +27,25 @@ pub const TOPIC: Topic = Topic {
         "consul",
         "envoy",
     ],
-    claims: &[],
+    claims: claims! {
+        calls::services_in_consul_are_called: "psql, redis-cli and curl reach services that exist only in Consul, and no file names anything but Consul's address";
+        calls::the_least_policy_is_enough: "with TLS and ACLs that deny what they do not allow, the documented policy is enough";
+        peers::a_built_in_proxy_calls_us: "Consul's built-in proxy reaches a service on a node with Sidestep";
+        peers::we_call_a_built_in_proxy: "a service behind Consul's built-in proxy is reached from a node with Sidestep";
+        peers::envoy_calls_us: "Envoy, which dials TLS 1.2 with a server name and no ALPN, reaches a service on a node with Sidestep";
+        peers::we_call_envoy: "a service behind Envoy is reached from a node with Sidestep";
+        shapes::every_way_of_tls_is_served: "raw TCP that the server begins is served over TLS 1.2 and 1.3, with and without a server name, whatever ALPN is offered";
+        shapes::a_tcp_health_check_is_no_call: "connections that open and close, as Consul's TCP checks, reach no application and are no failure";
+        shapes::a_denied_peer_sees_no_banner: "a peer that an intention denies reads nothing, and no connection is opened to the application";
+        intentions::decisions_are_consuls: "for every pair of services, Sidestep decides as Consul does";
+        intentions::a_new_denial_cuts_live_connections: "an intention that is changed in Consul ends the live connections that it forbids and no others";
+        intentions::a_denial_cuts_peers_of_other_kinds: "it ends the connections of peers without Sidestep, too";
+        roots::a_rotated_root_costs_no_connection: "roots and leaves that are replaced under load cost no connection";
+        roots::a_peer_that_knows_only_the_old_root_is_served: "a peer that trusts only the root from before accepts a leaf under the new one";
+        outage::a_killed_leader_costs_no_connection: "while Consul's leader is killed and another elected, no connection fails, and the next change is followed";
+        outage::a_lost_token_takes_nothing_away: "a token that loses its rights takes no endpoint away and is reported; with them back, changes are followed";
+        outage::a_restored_snapshot_is_followed: "indexes that go back, as after a restored snapshot, are followed";
+        changes::an_endpoint_change_is_followed_at_once: "a change of endpoints reaches new connections within 200 ms of Consul's answer";
+        changes::swapped_virtual_addresses_lead_to_their_new_owners: "two services that swap their virtual addresses: live connections end, new ones reach the new owner";
+    },
 };

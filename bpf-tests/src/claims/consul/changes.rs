@@ -1,0 +1,167 @@
+//! Endpoints and virtual addresses that change in Consul.
+
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+use serde_json::{Value, json};
+
+use super::intentions::live;
+use crate::{
+    claims::{Finding, Size},
+    consul::{Api, ConsulMesh},
+    mesh::local,
+    services,
+    wait::{SOON, Stopwatch, monotonic_ms, wait_for_value},
+};
+
+/// How soon new connections follow Consul's answer.
+const AT_ONCE: u64 = 200;
+
+pub(super) fn an_endpoint_change_is_followed_at_once(size: Size) -> Result<Finding> {
+    let rounds = size.pick(5_usize, 50);
+    let mut mesh = ConsulMesh::dev("c-endpoint")?;
+    for (id, port) in [("one", 20_001), ("two", 20_002)] {
+        let place = mesh.place(id)?;
+        let answer = format!("1 {id}");
+        mesh.keep(services::peer(&place, "names", local(port), &answer)?);
+        let check = json!({ "Check": { "TTL": "1h", "Status": "passing" } });
+        mesh.register("pair", id, port, check)?;
+    }
+    mesh.start()?;
+    let pair = mesh.callable("pair")?;
+    let mut times = vec![];
+    for round in 0..rounds {
+        let (gone, stays) = if round % 2 == 0 {
+            ("one", "two")
+        } else {
+            ("two", "one")
+        };
+        times.push(switch(&mesh, pair, gone, stays)?);
+    }
+    times.sort_unstable();
+    let worst = times.last().copied().unwrap_or(u64::MAX);
+    let median = times.get(rounds / 2).copied().unwrap_or(u64::MAX);
+    Ok(Finding::new(
+        worst <= AT_ONCE,
+        format!("{rounds} changes: {median} ms in the median, {worst} ms at most"),
+    ))
+}
+
+/// Makes `stays` healthy and `gone` critical. Returns how many milliseconds after Consul's answer the last connection
+/// reached `gone`.
+fn switch(mesh: &ConsulMesh, pair: IpAddr, gone: &str, stays: &str) -> Result<u64> {
+    let b = mesh.consul.b().api();
+    b.put(&format!("agent/check/pass/service:{stays}"), &Value::Null)?;
+    until_healthy(mesh.api(), &[gone, stays])?;
+    let targets = mesh.write_targets(&[(pair, &format!("{stays}0"))])?;
+    let answered = thread::scope(|scope| -> Result<u64> {
+        let answer = scope.spawn(|| until_healthy(mesh.api(), &[stays]));
+        b.put(&format!("agent/check/fail/service:{gone}"), &Value::Null)?;
+        answer
+            .join()
+            .map_err(|_panic| anyhow!("the watch panicked"))?
+    })?;
+    // Ten connections in a row that reach the other one: with both in force that is one chance in a thousand.
+    let clock = Stopwatch::start();
+    let mut last_wrong = answered;
+    loop {
+        let from = monotonic_ms();
+        let report = mesh
+            .shop
+            .ask_peer(&format!("ask {} 1 10", targets.display()), SOON)?;
+        let count = |key: &str| report.get(key).and_then(Value::as_u64).unwrap_or(0);
+        ensure!(count("failed") == 0, "connections failed: {report}");
+        if count("wrong") == 0 {
+            return Ok(last_wrong.saturating_sub(answered));
+        }
+        last_wrong = monotonic_ms().max(from);
+        ensure!(
+            clock.elapsed() < SOON,
+            "{gone} is called still: {}",
+            mesh.said()
+        );
+    }
+}
+
+/// Waits, with Consul's blocking queries, until just these instances of `pair` are healthy. Returns when Consul said so.
+fn until_healthy(api: &Api, wanted: &[&str]) -> Result<u64> {
+    let mut index = "0".to_owned();
+    let clock = Stopwatch::start();
+    while clock.elapsed() < SOON {
+        let path = format!("health/connect/pair?passing&wait=5s&index={index}");
+        let answer = api.ask("GET", &path, None)?;
+        let found = answer.header("x-consul-index").context("no index")?;
+        found.clone_into(&mut index);
+        let now = monotonic_ms();
+        let all = answer.json()?;
+        let all = all.as_array().context("no list of instances")?;
+        let is = |id: &str| {
+            all.iter()
+                .filter_map(|entry| {
+                    entry
+                        .pointer("/Service/Proxy/DestinationServiceID")?
+                        .as_str()
+                })
+                .any(|found| found == id)
+        };
+        if all.len() == wanted.len() && wanted.iter().all(|id| is(id)) {
+            return Ok(now);
+        }
+    }
+    Err(anyhow!("{wanted:?} are not what is healthy"))
+}
+
+pub(super) fn swapped_virtual_addresses_lead_to_their_new_owners(_size: Size) -> Result<Finding> {
+    let addresses = [20, 21].map(|host| IpAddr::V4(Ipv4Addr::new(240, 77, 0, host)));
+    let mut mesh = ConsulMesh::dev("c-swap")?;
+    let tagged = |address: IpAddr| json!({ "TaggedAddresses": { "consul-virtual": { "Address": address, "Port": 80 } } });
+    let register = |mesh: &ConsulMesh, [red, blue]: [IpAddr; 2]| -> Result<()> {
+        mesh.register("red", "red", 8_081, tagged(red))?;
+        mesh.register("blue", "blue", 8_082, tagged(blue))
+    };
+    for (name, port) in [("red", 8_081), ("blue", 8_082)] {
+        let place = mesh.place(name)?;
+        mesh.keep(services::peer(&place, "echo", local(port), "")?);
+    }
+    register(&mesh, addresses)?;
+    mesh.start()?;
+    let is = |owner: &str, address: IpAddr| -> Result<()> {
+        let what = format!("{owner} to have {address}");
+        wait_for_value(&what, SOON, || {
+            let service = mesh.lab.a.service(owner).unwrap_or_default();
+            let has = service.pointer("/addresses/0") == Some(&address.to_string().into());
+            let available = service.get("available").and_then(Value::as_u64) > Some(0);
+            Ok((has && available).then_some(()))
+        })
+        .with_context(|| mesh.said())
+    };
+    let [first, second] = addresses;
+    is("red", first)?;
+    is("blue", second)?;
+    let target = (first, 80).into();
+    let mut before = live(&mesh.shop, target)?;
+    let seen = mesh.lab.b.access_log().len();
+    register(&mesh, [second, first])?;
+    is("blue", first)?;
+    is("red", second)?;
+    let cut = before.wait(Duration::from_secs(5))?.is_some();
+    let mut after = live(&mesh.guest, target)?;
+    let owner = wait_for_value("the connection to be known", SOON, || {
+        let connections = mesh.lab.b.status()?;
+        Ok(connections.get("connections").cloned())
+    })?;
+    after.kill();
+    let line = mesh.lab.b.wait_for_access_log(seen, &["guest"])?;
+    let reached = line.contains("svc/blue") || line.contains("\"blue\"") || line.contains("=blue");
+    Ok(Finding::new(
+        cut && reached,
+        format!(
+            "a live connection to the first owner {}; the next: {line} ({owner})",
+            if cut { "was cut" } else { "goes on" },
+        ),
+    ))
+}

@@ -1,0 +1,31 @@
+//! Every claim of `cargo xtask prove consul`, at its quick size.
+
+#![expect(
+    clippy::tests_outside_test_module,
+    reason = "an integration test is a test module"
+)]
+
+use bpf_tests::{claims::consul::TOPIC, test_claims};
+
+test_claims! {
+    TOPIC:
+    services_in_consul_are_called
+    the_least_policy_is_enough
+    a_built_in_proxy_calls_us
+    we_call_a_built_in_proxy
+    envoy_calls_us
+    we_call_envoy
+    every_way_of_tls_is_served
+    a_tcp_health_check_is_no_call
+    a_denied_peer_sees_no_banner
+    decisions_are_consuls
+    a_new_denial_cuts_live_connections
+    a_denial_cuts_peers_of_other_kinds
+    a_rotated_root_costs_no_connection
+    a_peer_that_knows_only_the_old_root_is_served
+    a_killed_leader_costs_no_connection
+    a_lost_token_takes_nothing_away
+    a_restored_snapshot_is_followed
+    an_endpoint_change_is_followed_at_once
+    swapped_virtual_addresses_lead_to_their_new_owners
+}
