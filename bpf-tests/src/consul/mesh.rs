@@ -208,6 +208,13 @@ fn access(lab: &Lab, consul: &Consul) -> Result<String> {
         return Ok(format!("address = \"{HTTP}\""));
     };
     let token = consul.a().api().token("sidestep", POLICY, &[])?;
+    for agent in [consul.a(), consul.b()] {
+        let api = agent.api().clone().with_token(&token);
+        // A server that has not heard of it yet says that there is no such token.
+        wait_for_value("a token that counts", SOON, || {
+            Ok(api.get("agent/self").ok())
+        })?;
+    }
     let file = lab.scratch().directory().join("consul-token");
     fs::write(&file, token).with_context(|| format!("writing {}", file.display()))?;
     let mut access = format!("address = \"{HTTPS}\"\n");
