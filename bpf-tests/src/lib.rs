@@ -21,4 +21,5 @@ pub mod daemon;
 pub mod consul;
 pub mod envoy;
 pub mod tls_client;
+pub mod forward;
 pub mod claims;
