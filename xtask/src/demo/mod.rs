@@ -1,6 +1,8 @@
 //! `cargo xtask demo`: a newcomer sees a connection go through the mesh.
 
-use std::{collections::BTreeMap, process::ExitCode};
+mod consul;
+
+use std::{collections::BTreeMap, path::Path, process::ExitCode};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bpf_tests::{
@@ -24,6 +26,9 @@ pub(crate) struct Arguments {
     /// Leave everything running for exploring, until Ctrl-C.
     #[arg(long)]
     keep: bool,
+    /// With a real Consul: services, identities and intentions are there, and peers know nothing of Sidestep.
+    #[arg(long)]
+    consul: bool,
     /// End demos that were left running, and remove what they made.
     #[arg(long, conflicts_with = "keep")]
     clean: bool,
@@ -45,6 +50,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     }
     if !host::is_root() {
         bail!("needs root: it makes network namespaces and loads eBPF programs");
+    }
+    if arguments.consul {
+        return consul::run(arguments.keep);
     }
     say("Sidestep's demo: two nodes, an agent on each, and programs that know nothing of it.\n");
     prepare()?;
@@ -329,9 +337,14 @@ Ctrl-C here ends it, and so does `cargo xtask demo --clean` elsewhere.",
             mount = mount.display(),
             agent = agent.display(),
         ));
-        while self.mesh.scratch().directory().exists() {
-            pause(std::time::Duration::from_millis(300));
-        }
+        until_removed(self.mesh.scratch().directory());
+    }
+}
+
+/// Waits until somebody removes the run, whose directory this is.
+fn until_removed(directory: &Path) {
+    while directory.exists() {
+        pause(std::time::Duration::from_millis(300));
     }
 }
 
