@@ -15,6 +15,8 @@ test_claims! {
     we_call_a_built_in_proxy
     envoy_calls_us
     we_call_envoy
+    explicit_upstreams_go_on
+    a_service_goes_from_sidecars_to_us_and_back
     every_way_of_tls_is_served
     a_tcp_health_check_is_no_call
     a_denied_peer_sees_no_banner

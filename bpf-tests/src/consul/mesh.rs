@@ -20,8 +20,19 @@ use crate::{
     workload::{Kind, Workload},
 };
 
-/// The least that an agent's token must allow: see docs/consul.md.
-pub const POLICY: &str = include_str!("policy.hcl");
+/// The page that says what an agent's token must allow.
+const PAGE: &str = include_str!("../../../docs/consul.md");
+
+/// The least that an agent's token must allow: what docs/consul.md says.
+///
+/// # Errors
+/// If the page has no such section.
+pub fn policy() -> Result<&'static str> {
+    let section = PAGE.split("\n## The token\n").nth(1);
+    let block = section.and_then(|section| section.split("```text\n").nth(1));
+    let rules = block.and_then(|block| block.split("```").next());
+    rules.context("docs/consul.md has no policy")
+}
 
 /// Where the callers themselves listen: that is how an agent finds out who they are.
 const SHOP: u16 = 7_001;
@@ -50,7 +61,7 @@ impl ConsulMesh {
         Self::new(Lab::new(purpose)?, Consul::dev)
     }
 
-    /// With [`Consul::cluster`], in which the agents may do what [`POLICY`] says. Everybody may call everybody.
+    /// With [`Consul::cluster`], in which the agents may do what [`policy`] says. Everybody may call everybody.
     ///
     /// # Errors
     /// If Consul does not start.
@@ -207,7 +218,7 @@ fn access(lab: &Lab, consul: &Consul) -> Result<String> {
     let Some(tls) = consul.tls() else {
         return Ok(format!("address = \"{HTTP}\""));
     };
-    let token = consul.a().api().token("sidestep", POLICY, &[])?;
+    let token = consul.a().api().token("sidestep", policy()?, &[])?;
     for agent in [consul.a(), consul.b()] {
         let api = agent.api().clone().with_token(&token);
         // A server that has not heard of it yet says that there is no such token.

@@ -31,7 +31,7 @@ use self::agent::{Door, READY};
 pub use self::{
     agent::Agent,
     api::{Answer, Api, Leaf, Tls},
-    mesh::{ConsulMesh, POLICY},
+    mesh::{ConsulMesh, policy},
     proxy::{BuiltInProxy, sidecar_for},
 };
 use crate::{

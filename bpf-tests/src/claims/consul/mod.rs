@@ -7,6 +7,7 @@ mod intentions;
 mod roots;
 mod outage;
 mod changes;
+mod migration;
 
 use super::{Claim, Topic};
 
@@ -34,6 +35,8 @@ pub const TOPIC: Topic = Topic {
         peers::we_call_a_built_in_proxy: "a service behind Consul's built-in proxy is reached from a node with Sidestep";
         peers::envoy_calls_us: "Envoy, which dials TLS 1.2 with a server name and no ALPN, reaches a service on a node with Sidestep";
         peers::we_call_envoy: "a service behind Envoy is reached from a node with Sidestep";
+        migration::explicit_upstreams_go_on: "upstreams with a local port, as sidecars had them, go on without the sidecar, and are the caller's own";
+        migration::a_service_goes_from_sidecars_to_us_and_back: "a service goes from sidecars to Sidestep and back, one step after the other";
         shapes::every_way_of_tls_is_served: "raw TCP that the server begins is served over TLS 1.2 and 1.3, with and without a server name, whatever ALPN is offered";
         shapes::a_tcp_health_check_is_no_call: "connections that open and close, as Consul's TCP checks, reach no application and are no failure";
         shapes::a_denied_peer_sees_no_banner: "a peer that an intention denies reads nothing, and no connection is opened to the application";

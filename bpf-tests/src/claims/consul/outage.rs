@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::intentions::allows;
 use crate::{
     claims::{Finding, Size, storm::Storm},
-    consul::{ConsulMesh, POLICY},
+    consul::{ConsulMesh, policy},
     mesh::local,
     node::Node,
     services,
@@ -93,7 +93,7 @@ pub(super) fn a_lost_token_takes_nothing_away(size: Size) -> Result<Finding> {
     // What is there is there still, and not only in the connections that go on.
     let known = mesh.lab.a.service("names")?;
     let available = known.get("available").and_then(Value::as_u64);
-    mesh.api().change_policy("sidestep", POLICY)?;
+    mesh.api().change_policy("sidestep", policy()?)?;
     let time = until_followed(&mesh, "deny")?;
     let report = storm.end()?;
     Ok(Finding::new(
