@@ -30,4 +30,5 @@ test_claims! {
     a_restored_snapshot_is_followed
     an_endpoint_change_is_followed_at_once
     swapped_virtual_addresses_lead_to_their_new_owners
+    a_large_datacenter_is_carried
 }

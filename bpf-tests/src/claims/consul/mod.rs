@@ -8,6 +8,7 @@ mod roots;
 mod outage;
 mod changes;
 mod migration;
+mod scale;
 
 use super::{Claim, Topic};
 
@@ -50,5 +51,6 @@ pub const TOPIC: Topic = Topic {
         outage::a_restored_snapshot_is_followed: "indexes that go back, as after a restored snapshot, are followed";
         changes::an_endpoint_change_is_followed_at_once: "a change of endpoints reaches new connections within 200 ms of Consul's answer";
         changes::swapped_virtual_addresses_lead_to_their_new_owners: "two services that swap their virtual addresses: live connections end, new ones reach the new owner";
+        scale::a_large_datacenter_is_carried: "5,000 services with 20,000 instances are carried by a small agent";
     },
 };

@@ -1,0 +1,148 @@
+//! A datacenter with many services.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::{Value, json};
+
+use crate::{
+    claims::{Finding, Size},
+    consul::{Api, ConsulMesh},
+    mesh::local,
+    node::Node,
+    services,
+    wait::{SOON, Stopwatch, pause, wait_for_value},
+};
+
+/// What one transaction may hold.
+const BATCH: usize = 64;
+
+/// Instances of each service, on nodes that have no agent.
+const INSTANCES: usize = 4;
+
+/// Changes a second while it is measured what they cost.
+const CHANGES: u32 = 100;
+
+/// Time, memory and processor that the largest catalog may cost on node a, which calls.
+const FIRST_CALL: Duration = Duration::from_secs(30);
+const MEMORY: f64 = 512.0 * 1024.0 * 1024.0;
+
+pub(super) fn a_large_datacenter_is_carried(size: Size) -> Result<Finding> {
+    let count = size.pick(200_usize, 5_000);
+    let seconds = size.pick(3_u32, 20);
+    let mut mesh = ConsulMesh::dev("c-scale")?;
+    let place = mesh.place("web")?;
+    mesh.keep(services::peer(&place, "banner", local(8_080), "")?);
+    mesh.register("web", "web", 8_080, Value::Null)?;
+    register_many(mesh.api(), count)?;
+    mesh.lab.b.start_agent()?;
+    mesh.lab.b.wait_until_ready()?;
+    mesh.tunnel_of("web")?;
+
+    let clock = Stopwatch::start();
+    mesh.lab.a.start_agent()?;
+    mesh.lab.a.wait_until_ready()?;
+    let ready = clock.elapsed();
+    let address = mesh.callable("web")?;
+    wait_for_value("the first call", SOON, || {
+        Ok(reads(&mesh, address)?.then_some(()))
+    })?;
+    let called = clock.elapsed();
+    let known = until_known(&mesh.lab.a, count)?;
+    let all = clock.elapsed();
+    let idle = processor(&mesh.lab.a, || {
+        pause(Duration::from_secs(seconds.into()));
+        Ok(())
+    })?;
+    let changing = processor(&mesh.lab.a, || change_for(mesh.api(), count, seconds))?;
+    let memory = mesh.lab.a.metric("process_resident_memory_bytes", &[])?;
+    ensure!(reads(&mesh, address)?, "web is not called any more");
+    Ok(Finding::new(
+        known && called < FIRST_CALL && memory < MEMORY,
+        format!(
+            "{count} services with {} instances: ready after {} ms, the first call after {} ms, everything known after {} ms; {:.0} MiB; processor {idle:.1} % idle, {changing:.1} % at {CHANGES} changes a second",
+            count * INSTANCES,
+            ready.as_millis(),
+            called.as_millis(),
+            all.as_millis(),
+            memory / 1024.0 / 1024.0,
+        ),
+    ))
+}
+
+fn reads(mesh: &ConsulMesh, address: std::net::IpAddr) -> Result<bool> {
+    let report = mesh.shop.ask_peer(&format!("read {address}:80"), SOON)?;
+    Ok(report.get("bytes").and_then(Value::as_u64) > Some(0))
+}
+
+/// Waits until the last of the many services has an address. Returns whether all have.
+fn until_known(node: &Node, count: usize) -> Result<bool> {
+    wait_for_value("all services to be known", SOON + SOON, || {
+        let status = node.status()?;
+        let services = status.get("services").and_then(Value::as_array);
+        let many = services.into_iter().flatten().filter(|service| {
+            let name = service.get("name").and_then(Value::as_str);
+            name.is_some_and(|name| name.starts_with("many-"))
+        });
+        Ok((many.count() == count).then_some(true))
+    })
+    .with_context(|| node.agent_said())
+}
+
+/// The share of one processor that the agent of `node` takes while `during` runs, in percent.
+fn processor(node: &Node, during: impl FnOnce() -> Result<()>) -> Result<f64> {
+    let (clock, before) = (Stopwatch::start(), node.agent_processor_time()?);
+    during()?;
+    let used = node.agent_processor_time()?.saturating_sub(before);
+    Ok(100.0 * used.as_secs_f64() / clock.elapsed().as_secs_f64())
+}
+
+/// An operation of a transaction: instance `index` of service `service`, in its state `version`.
+fn instance(service: usize, index: usize, version: u32) -> Value {
+    let name = format!("many-{service}");
+    json!({ "Service": {
+        "Verb": "set",
+        "Node": format!("far-{index}"),
+        "Service": {
+            "Kind": "connect-proxy",
+            "ID": format!("{name}-{index}-proxy"),
+            "Service": format!("{name}-proxy"),
+            "Address": format!("10.78.{index}.1"),
+            "Port": 20_000,
+            "Meta": { "version": version.to_string() },
+            "Proxy": {
+                "DestinationServiceName": name,
+                "DestinationServiceID": format!("{name}-{index}"),
+            },
+        },
+    } })
+}
+
+fn register_many(api: &Api, count: usize) -> Result<()> {
+    for index in 0..INSTANCES {
+        let node = json!({ "Node": format!("far-{index}"), "Address": format!("10.78.{index}.1") });
+        api.put("catalog/register", &node)?;
+    }
+    let all: Vec<Value> = (0..count)
+        .flat_map(|service| (0..INSTANCES).map(move |index| instance(service, index, 0)))
+        .collect();
+    for batch in all.chunks(BATCH) {
+        api.put("txn", &batch.into())?;
+    }
+    Ok(())
+}
+
+/// Changes one instance after the other, tenths of a second at once.
+fn change_for(api: &Api, count: usize, seconds: u32) -> Result<()> {
+    let clock = Stopwatch::start();
+    for tenth in 0..seconds * 10 {
+        let due = Duration::from_millis(u64::from(tenth) * 100);
+        pause(due.saturating_sub(clock.elapsed()));
+        let changes = (0..CHANGES / 10).map(|change| {
+            let number = usize::try_from(tenth * CHANGES / 10 + change).unwrap_or_default();
+            instance(number % count, number % INSTANCES, tenth + 1)
+        });
+        api.put("txn", &changes.collect::<Vec<_>>().into())?;
+    }
+    Ok(())
+}
