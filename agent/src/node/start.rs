@@ -430,8 +430,8 @@ mod tests {
         node::file_context,
     };
 
-    #[test]
-    fn what_is_wrong_with_the_first_catalog_is_told() {
+    #[tokio::test]
+    async fn what_is_wrong_with_the_first_catalog_is_told() {
         let directory = tempfile::tempdir().unwrap();
         let place = directory.path();
         std::fs::create_dir(place.join("catalog")).unwrap();
@@ -455,7 +455,8 @@ mod tests {
 
         let files = config.source.files().unwrap();
         let source = FileSource::new(files.directory.clone(), file_context(&config, files));
-        let problems = Source::Files(source, Loaded::default()).load(&catalog(&config));
+        let mut source = Source::Files(source, Loaded::default());
+        let problems = source.load(&catalog(&config), None, &config).await;
         let [problem] = problems.as_slice() else {
             panic!("{problems:?}");
         };
