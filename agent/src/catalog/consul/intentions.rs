@@ -23,19 +23,19 @@ pub(super) struct Listed {
     pub(super) intentions: Vec<Intention>,
     /// What is written and cannot be used.
     pub(super) problems: Vec<String>,
-    count: usize,
+    listed: usize,
 }
 
 impl Content for Listed {
     fn is_empty(&self) -> bool {
-        self.count == 0
+        self.listed == 0
     }
 }
 
 impl From<List<answers::Intention>> for Listed {
     fn from(List(entries): List<answers::Intention>) -> Self {
         let mut all = Self {
-            count: entries.len(),
+            listed: entries.len(),
             ..Self::default()
         };
         for entry in &entries {
