@@ -242,6 +242,14 @@ impl Client {
         self.ask(&Method::PUT, request, Bytes::new()).await
     }
 
+    /// Deletes. What Consul answers to that is handed on as it came.
+    ///
+    /// # Errors
+    /// As [`Self::get`].
+    pub async fn delete(&self, request: &Request) -> Result<Answer<Bytes>, ConsulError> {
+        self.ask(&Method::DELETE, request, Bytes::new()).await
+    }
+
     /// Posts `body` as JSON and decodes the answer.
     ///
     /// # Errors

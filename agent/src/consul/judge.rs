@@ -18,6 +18,8 @@ pub trait Content {
 pub enum Verdict {
     /// It holds.
     Take,
+    /// Ask at once again, without waiting for a change, and judge that.
+    AskAgain,
     /// What was known before stays.
     Keep(Doubt),
 }
@@ -59,8 +61,11 @@ pub struct Before {
     pub was_filtered: bool,
 }
 
-/// Judges an answer with status 200. `before` is `None` until one was taken; `stale_max` is how old it may be.
+/// Judges an answer with status 200. `before` is `None` until one was taken; `waited` says whether it is that of a
+/// blocking query; `stale_max` is how old it may be.
 ///
+/// - An answer that turned empty while the query waited says nothing: rights are checked when the query begins, and
+///   what it finds at its end is filtered by those of then, without a sign in versions before 1.11.
 /// - Where there was something and now there is nothing, one sign of lost rights is enough: Consul says that it left
 ///   something out (1.11 and later), or the answer was never looked up (index 1 or none, no leader known: how Consul
 ///   answers `/v1/health/connect` without `service:read`).
@@ -69,6 +74,7 @@ pub struct Before {
 pub fn judge<T: Content>(
     before: Option<Before>,
     answer: &Answer<T>,
+    waited: bool,
     stale_max: Duration,
 ) -> Verdict {
     let is_empty = answer.body.is_empty();
@@ -92,6 +98,7 @@ pub fn judge<T: Content>(
     }
     match answer.last_contact {
         Some(age) if age > stale_max => Verdict::Keep(Doubt::Stale(age)),
+        Some(_) | None if waited && is_empty && !before.was_empty => Verdict::AskAgain,
         Some(_) | None => Verdict::Take,
     }
 }
@@ -142,7 +149,7 @@ mod tests {
     #[test]
     fn lost_rights_are_told_from_emptiness() {
         use Doubt::{LostRights, NoLeader};
-        use Verdict::{Keep, Take};
+        use Verdict::{AskAgain, Keep, Take};
         let table = [
             // what was known, what is answered, what it means
             (SOME, answer(0, 40, true, false), Take),
@@ -168,10 +175,15 @@ mod tests {
         ];
         for (before, answer, expected) in table {
             assert_eq!(
-                judge(before, &answer, STALE_MAX),
+                judge(before, &answer, false, STALE_MAX),
                 expected,
                 "{before:?} and then {answer:?}"
             );
+            let expected = match expected {
+                Take if before == SOME && answer.body.is_empty() => AskAgain,
+                other => other,
+            };
+            assert_eq!(judge(before, &answer, true, STALE_MAX), expected);
         }
     }
 
@@ -183,14 +195,22 @@ mod tests {
             ..answer(1, 40, true, false)
         };
         assert_eq!(
-            judge(SOME, &old, STALE_MAX),
+            judge(SOME, &old, true, STALE_MAX),
             Verdict::Keep(Doubt::Stale(age))
         );
-        assert_eq!(judge(None, &old, STALE_MAX), Verdict::Take);
-        assert_eq!(judge(SOME, &old, age), Verdict::Take);
+        assert_eq!(judge(None, &old, true, STALE_MAX), Verdict::Take);
+        assert_eq!(judge(SOME, &old, true, age), Verdict::Take);
     }
 
     proptest! {
+        #[test]
+        fn nothing_vanishes_by_a_query_that_waited(
+            index in proptest::option::of(0_u64..3), leader in proptest::option::of(any::<bool>()), filtered: bool,
+        ) {
+            let answer = Answer { index, known_leader: leader, ..answer(0, 0, true, filtered) };
+            prop_assert_ne!(judge(SOME, &answer, true, STALE_MAX), Verdict::Take);
+        }
+
         #[test]
         fn nothing_vanishes_without_a_leader_or_with_a_filter(
             index in proptest::option::of(0_u64..3), leader in proptest::option::of(any::<bool>()),
@@ -203,7 +223,7 @@ mod tests {
                 ..answer(0, 0, true, filtered)
             };
             let before = Some(Before { was_empty: false, was_filtered });
-            if judge(before, &answer, STALE_MAX) == Verdict::Take {
+            if judge(before, &answer, false, STALE_MAX) == Verdict::Take {
                 prop_assert!(!filtered && leader != Some(false));
                 prop_assert!(contact.is_none_or(|age| age <= 10_000));
             }

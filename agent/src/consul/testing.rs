@@ -3,7 +3,7 @@
 use std::{
     fs,
     net::{Ipv4Addr, TcpListener},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::Duration,
 };
@@ -16,6 +16,7 @@ use super::{Client, ClientSettings, ConsulAddress, Request};
 /// A Consul in development mode; ends when dropped.
 pub(crate) struct RealConsul {
     child: Child,
+    program: PathBuf,
     pub(crate) port: u16,
     pub(crate) directory: TempDir,
 }
@@ -68,20 +69,31 @@ impl RealConsul {
         all.extend(extra.as_object().unwrap().clone());
         let file = directory.path().join("consul.json");
         fs::write(&file, config.to_string()).unwrap();
-        let log = fs::File::create(directory.path().join("log")).unwrap();
-        let child = Command::new(program)
-            .args(["agent", "-dev", "-config-file"])
-            .arg(&file)
-            .stdout(log)
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
         let consul = Self {
-            child,
+            child: spawn(&program, &directory),
+            program,
             port: ports[0],
             directory,
         };
-        let client = consul.client();
+        consul.leads().await;
+        Some(consul)
+    }
+
+    /// As a machine that goes down.
+    pub(crate) fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Another one in the place of one that was killed. It knows nothing.
+    pub(crate) async fn restart(&mut self) {
+        self.child = spawn(&self.program, &self.directory);
+        self.leads().await;
+    }
+
+    /// Waits until it serves.
+    async fn leads(&self) {
+        let client = self.client();
         let leads = || async {
             let leader = client
                 .get::<String>(&Request::to(&["v1", "status", "leader"]))
@@ -90,11 +102,10 @@ impl RealConsul {
         };
         let deadline = Instant::now() + Duration::from_secs(30);
         while !leads().await {
-            let log = fs::read_to_string(consul.directory.path().join("log")).unwrap();
+            let log = fs::read_to_string(self.directory.path().join("log")).unwrap();
             assert!(Instant::now() < deadline, "Consul has no leader:\n{log}");
             sleep(Duration::from_millis(20)).await;
         }
-        Some(consul)
     }
 
     pub(crate) fn settings(&self) -> ClientSettings {
@@ -118,6 +129,17 @@ impl RealConsul {
             ..self.settings()
         })
     }
+}
+
+fn spawn(program: &Path, directory: &TempDir) -> Child {
+    let log = fs::File::create(directory.path().join("log")).unwrap();
+    Command::new(program)
+        .args(["agent", "-dev", "-config-file"])
+        .arg(directory.path().join("consul.json"))
+        .stdout(log)
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
 }
 
 /// A service with a proxy, as `connect { sidecar_service {} }` makes it.

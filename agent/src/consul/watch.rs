@@ -186,10 +186,18 @@ impl<T: DeserializeOwned + PartialEq + Content> Watch<T> {
             was_empty: last.body.is_empty(),
             was_filtered: last.filtered_by_acls,
         });
-        if let Verdict::Keep(doubt) = judge(before, &answer, self.settings.stale_max) {
-            self.failed(doubt.to_string(), now, random);
-            self.from_leader = true;
-            return Some(Event::Doubtful(doubt));
+        let waited = self.position != Position::Unknown;
+        match judge(before, &answer, waited, self.settings.stale_max) {
+            Verdict::Take => {}
+            Verdict::AskAgain => {
+                self.position = Position::Unknown;
+                return None;
+            }
+            Verdict::Keep(doubt) => {
+                self.failed(doubt.to_string(), now, random);
+                self.from_leader = true;
+                return Some(Event::Doubtful(doubt));
+            }
         }
         self.from_leader = false;
         let hash = answer.content_hash.as_deref();

@@ -261,7 +261,7 @@ impl PlanTarget {
     fn instances(&self, known: &Endpoints) -> Vec<Arc<Instance>> {
         let changes = self.target.is_some() || self.only_passing;
         known
-            .endpoints
+            .list
             .iter()
             .map(|endpoint| {
                 let instance = &endpoint.instance;
@@ -274,7 +274,7 @@ impl PlanTarget {
                     tunnel: endpoint.wan.filter(|_| is_far).unwrap_or(instance.tunnel),
                     health: match instance.health {
                         Health::Warning if self.only_passing => Health::Critical,
-                        health => health,
+                        Health::Passing | Health::Warning | Health::Critical => instance.health,
                     },
                     ..(**instance).clone()
                 })
@@ -300,13 +300,13 @@ mod tests {
         .unwrap()
     }
 
-    fn target(service: &str, datacenter: &str, subset: Value) -> Value {
+    fn target(service: &str, datacenter: &str, subset: &Value) -> Value {
         json!({"ID": "x", "Service": service, "Namespace": "default", "Partition": "default",
             "Datacenter": datacenter, "MeshGateway": {}, "Subset": subset, "SNI": "s", "Name": "n"})
     }
 
-    fn plan(failover: Value, targets: Value) -> Plan {
-        Plan::of_chain(&"db".parse().unwrap(), &chain(&failover, &targets)).unwrap()
+    fn plan(failover: &Value, targets: &Value) -> Plan {
+        Plan::of_chain(&"db".parse().unwrap(), &chain(failover, targets)).unwrap()
     }
 
     fn endpoints(id: &str, status: &str) -> Endpoints {
@@ -320,8 +320,8 @@ mod tests {
     #[test]
     fn a_chain_of_the_service_itself_is_plain() {
         let plan = plan(
-            json!(null),
-            json!({"first": target("db", "dc1", json!({}))}),
+            &json!(null),
+            &json!({"first": target("db", "dc1", &json!({}))}),
         );
         assert_eq!(plan, Plan::plain(&"db".parse().unwrap()));
     }
@@ -329,11 +329,11 @@ mod tests {
     #[test]
     fn subsets_redirects_and_failover_are_followed() {
         let plan = plan(
-            json!({"Targets": ["second", "third"]}),
-            json!({
-                "first": target("db", "dc1", json!({"Filter": "Service.Meta.version == v2", "OnlyPassing": true})),
-                "second": target("db-standby", "dc1", json!(null)),
-                "third": target("db", "dc2", json!({})),
+            &json!({"Targets": ["second", "third"]}),
+            &json!({
+                "first": target("db", "dc1", &json!({"Filter": "Service.Meta.version == v2", "OnlyPassing": true})),
+                "second": target("db-standby", "dc1", &json!(null)),
+                "third": target("db", "dc2", &json!({})),
             }),
         );
         assert!(plan.problems.is_empty());
@@ -372,10 +372,10 @@ mod tests {
     #[test]
     fn the_first_target_with_a_healthy_instance_takes_all() {
         let plan = plan(
-            json!({"Targets": ["second"]}),
-            json!({
-                "first": target("db", "dc1", json!({"OnlyPassing": true})),
-                "second": target("db", "dc2", json!({})),
+            &json!({"Targets": ["second"]}),
+            &json!({
+                "first": target("db", "dc1", &json!({"OnlyPassing": true})),
+                "second": target("db", "dc2", &json!({})),
             }),
         );
         // first, second: which is chosen, where it is dialled
@@ -423,22 +423,22 @@ mod tests {
 
     #[test]
     fn what_cannot_be_followed_is_told() {
-        let mut peer = target("db", "dc1", json!({}));
+        let mut peer = target("db", "dc1", &json!({}));
         peer["Peer"] = json!("other");
-        let mut gateway = target("db", "dc2", json!({}));
+        let mut gateway = target("db", "dc2", &json!({}));
         gateway["MeshGateway"] = json!({"Mode": "local"});
         let plan = plan(
-            json!({"Targets": ["second"]}),
-            json!({"first": peer, "second": gateway}),
+            &json!({"Targets": ["second"]}),
+            &json!({"first": peer, "second": gateway}),
         );
         assert_eq!((plan.targets.len(), plan.problems.len()), (1, 2));
         let broken = chain(
             &json!({"Targets": ["nowhere"]}),
-            &json!({"first": target("db", "dc1", json!({}))}),
+            &json!({"first": target("db", "dc1", &json!({}))}),
         );
-        assert!(Plan::of_chain(&"db".parse().unwrap(), &broken).is_err());
+        Plan::of_chain(&"db".parse().unwrap(), &broken).unwrap_err();
         let empty =
             serde_json::from_value(json!({"Chain": {"Nodes": null, "Targets": null}})).unwrap();
-        assert!(Plan::of_chain(&"db".parse().unwrap(), &empty).is_err());
+        Plan::of_chain(&"db".parse().unwrap(), &empty).unwrap_err();
     }
 }

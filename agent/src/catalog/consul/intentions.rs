@@ -23,19 +23,19 @@ pub(super) struct Listed {
     pub(super) intentions: Vec<Intention>,
     /// What is written and cannot be used.
     pub(super) problems: Vec<String>,
-    listed: usize,
+    count: usize,
 }
 
 impl Content for Listed {
     fn is_empty(&self) -> bool {
-        self.listed == 0
+        self.count == 0
     }
 }
 
 impl From<List<answers::Intention>> for Listed {
     fn from(List(entries): List<answers::Intention>) -> Self {
         let mut all = Self {
-            listed: entries.len(),
+            count: entries.len(),
             ..Self::default()
         };
         for entry in &entries {

@@ -1,6 +1,210 @@
-//! The catalog of a Consul datacenter.
+//! The catalog of a Consul datacenter, as far as it concerns this node.
+//!
+//! Followed by blocking queries: the names of all services, all intentions, the config entries. Of the services, only
+//! those are read that a service of this node may call by these intentions, and its own. Each has a blocking query,
+//! up to [`SourceSettings::max_watches`], since Consul bounds the connections of a client; the others are read in
+//! turns, slowly, and at once when a connection to one is being made ([`ConsulHandle::wanted`]).
+//!
+//! What answers mean is pure: [`services`], [`intentions`], [`entries`], [`chain`]; what follows from them is
+//! [`state`]. [`follow`] does the asking. Whatever fails, what was known stays.
 
 mod services;
 mod intentions;
 mod entries;
 mod chain;
+mod state;
+mod policy;
+mod follow;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::{Instant, timeout},
+};
+
+use self::{
+    chain::{Plan, Query},
+    entries::{AllDefaults, Global, Resolvers},
+    services::Endpoints,
+    state::Policy,
+};
+use super::model::{NodeName, ServiceName, Snapshot};
+use crate::{
+    consul::{Client, Event, WatchSettings, answers::ServiceNames, watch::WatchStatus},
+    identity::LocalDomain,
+    lifecycle::Shutdown,
+};
+
+/// The longest that a connection waits for a fresh answer.
+const FRESH_WAIT: Duration = Duration::from_millis(100);
+
+/// What to follow.
+#[derive(Debug, Clone)]
+pub struct SourceSettings {
+    /// This node, as Consul names it.
+    pub node: NodeName,
+    /// The identities of this datacenter.
+    pub domain: LocalDomain,
+    /// Whether services are read that no service of this node may call.
+    pub everything: bool,
+    /// How many services have a blocking query. Each is a connection to Consul, which takes 200 from one address
+    /// (`limits.http_max_conns_per_client`).
+    pub max_watches: usize,
+    /// How many services a second are read in turns, of those without one.
+    pub reads_per_second: u32,
+    /// How each query is made.
+    pub watch: WatchSettings,
+}
+
+impl SourceSettings {
+    /// With what is good for most.
+    pub fn new(node: NodeName, domain: LocalDomain) -> Self {
+        Self {
+            node,
+            domain,
+            everything: false,
+            max_watches: 128,
+            reads_per_second: 5,
+            watch: WatchSettings::default(),
+        }
+    }
+}
+
+/// Follows a datacenter.
+#[derive(Debug)]
+pub struct ConsulSource {
+    client: Client,
+    settings: SourceSettings,
+    local: watch::Receiver<Option<BTreeSet<ServiceName>>>,
+    wanted: mpsc::Receiver<Wanted>,
+    shared: Arc<Shared>,
+}
+
+/// What others ask of a running [`ConsulSource`]. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct ConsulHandle {
+    wanted: mpsc::Sender<Wanted>,
+    shared: Arc<Shared>,
+}
+
+/// What the source and its handles share.
+#[derive(Debug, Default)]
+struct Shared {
+    /// Services whose answer is fresh by itself, and whether they were called since this was last looked at.
+    watched: ArcSwap<HashMap<ServiceName, AtomicBool>>,
+    status: Mutex<ConsulStatus>,
+}
+
+/// How the source fares, for operators.
+#[derive(Debug, Clone, Default)]
+pub struct ConsulStatus {
+    /// The blocking queries that are not of services, and of services those that have a problem.
+    pub watches: Vec<WatchStatus>,
+    /// How many services have a blocking query.
+    pub watched: usize,
+    /// How many are read in turns.
+    pub in_turns: usize,
+    /// How many were not read yet.
+    pub unread: usize,
+    /// What is registered or configured and has no effect here.
+    pub problems: Vec<String>,
+    /// Why the last read of a service in turns failed.
+    pub problem: Option<String>,
+}
+
+impl ConsulStatus {
+    /// The longest that something has not been up to date; `None` if all is.
+    pub fn behind_for(&self, now: Instant) -> Option<Duration> {
+        let behind = self.watches.iter().filter(|watch| watch.problem.is_some());
+        behind
+            .map(|watch| watch.age(now).unwrap_or(Duration::MAX))
+            .max()
+    }
+}
+
+/// A connection to a service is being made.
+#[derive(Debug)]
+struct Wanted {
+    service: ServiceName,
+    /// Told when a fresh answer is in force.
+    fresh: oneshot::Sender<()>,
+}
+
+impl ConsulHandle {
+    /// Says that a connection to `service` is being made. Returns at once where the service has a blocking query; else
+    /// when a fresh answer is published, or soon without one.
+    pub async fn wanted(&self, service: &ServiceName) {
+        if let Some(used) = self.shared.watched.load().get(service) {
+            used.store(true, Ordering::Relaxed);
+            return;
+        }
+        let (fresh, published) = oneshot::channel();
+        let wanted = Wanted {
+            service: service.clone(),
+            fresh,
+        };
+        // A source that is busy or gone is no reason to hold the connection up.
+        if self.wanted.try_send(wanted).is_ok() {
+            let _fresh_or_not = timeout(FRESH_WAIT, published).await;
+        }
+    }
+
+    /// How the source fares.
+    pub fn status(&self) -> ConsulStatus {
+        self.shared.status.lock().clone()
+    }
+}
+
+impl ConsulSource {
+    /// Asks nothing before [`Self::run`]. `local` are the names of this node's own services, `None` while they are not
+    /// known: until then no catalog is whole.
+    pub fn new(
+        client: Client,
+        settings: SourceSettings,
+        local: watch::Receiver<Option<BTreeSet<ServiceName>>>,
+    ) -> (Self, ConsulHandle) {
+        let (sender, wanted) = mpsc::channel(256);
+        let shared = Arc::<Shared>::default();
+        let handle = ConsulHandle {
+            wanted: sender,
+            shared: Arc::clone(&shared),
+        };
+        let source = Self {
+            client,
+            settings,
+            local,
+            wanted,
+            shared,
+        };
+        (source, handle)
+    }
+
+    /// Publishes what the datacenter says with each change, until all has drained.
+    pub async fn run(self, shutdown: Shutdown, publish: impl Fn(Snapshot)) {
+        follow::Runner::new(self).run(shutdown, publish).await;
+    }
+}
+
+/// What the asking tasks tell the one that owns the state.
+#[derive(Debug)]
+enum Message {
+    Names(Arc<ServiceNames>),
+    Policy(Arc<Policy>),
+    Defaults(Arc<AllDefaults>),
+    Global(Arc<Global>),
+    Resolvers(Arc<Resolvers>),
+    Chain(ServiceName, Plan),
+    Endpoints(Query, Event<Endpoints>),
+}

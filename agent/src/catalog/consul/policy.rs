@@ -6,6 +6,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use parking_lot::Mutex;
 use serde::de::IgnoredAny;
 use tokio::{
     sync::mpsc,
@@ -24,6 +25,7 @@ use crate::{
         answers::IntentionCheck,
         judge::Doubt,
         position::{Pace, PaceLimits},
+        watch::WatchStatus,
     },
     telemetry::log::chain,
 };
@@ -49,8 +51,13 @@ struct Follower {
     settle_at: Instant,
 }
 
-/// Sends each new policy, for ever.
-pub(super) async fn follow(client: Client, mut watch: Watch<Listed>, into: mpsc::Sender<Message>) {
+/// Sends each new policy, for ever. `status` says whether what is listed could be made sure of.
+pub(super) async fn follow(
+    client: Client,
+    mut watch: Watch<Listed>,
+    status: Arc<Mutex<WatchStatus>>,
+    into: mpsc::Sender<Message>,
+) {
     let mut follower = Follower {
         client,
         before: None,
@@ -59,7 +66,6 @@ pub(super) async fn follow(client: Client, mut watch: Watch<Listed>, into: mpsc:
         pace: Pace::new(PaceLimits::default(), Instant::now()),
         settle_at: Instant::now() + DEFAULT_EVERY,
     };
-    let status = watch.status();
     loop {
         tokio::select! {
             event = watch.next() => match event {
@@ -69,14 +75,18 @@ pub(super) async fn follow(client: Client, mut watch: Watch<Listed>, into: mpsc:
             },
             () = sleep_until(follower.settle_at) => {}
         }
-        match follower.settle().await {
-            Ok(None) => {}
-            Ok(Some(policy)) => {
-                if into.send(Message::Policy(policy)).await.is_err() {
-                    return;
-                }
+        let settled = follower.settle().await;
+        {
+            let mut status = status.lock();
+            if settled.is_ok() {
+                status.good_at = Some(Instant::now());
             }
-            Err(problem) => status.lock().problem = Some(problem),
+            status.problem = settled.as_ref().err().cloned();
+        }
+        if let Ok(Some(policy)) = settled
+            && into.send(Message::Policy(policy)).await.is_err()
+        {
+            return;
         }
     }
 }

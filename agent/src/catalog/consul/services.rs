@@ -27,7 +27,7 @@ const WEIGHT_MAX: u32 = 128;
 #[serde(from = "List<HealthEntry>")]
 pub(super) struct Endpoints {
     /// In the order of their ids and nodes.
-    pub(super) endpoints: Vec<Endpoint>,
+    pub(super) list: Vec<Endpoint>,
     /// `consul-virtual` and `virtual`.
     pub(super) explicit_addresses: BTreeSet<IpAddr>,
     /// What is registered and cannot be used.
@@ -59,7 +59,7 @@ impl From<List<HealthEntry>> for Endpoints {
         let mut ids: HashSet<(NodeName, InstanceId)> = HashSet::new();
         for entry in &entries {
             match endpoint(entry, &mut ids) {
-                Ok(endpoint) => all.endpoints.push(endpoint),
+                Ok(endpoint) => all.list.push(endpoint),
                 Err(problem) => {
                     let (id, node) = (&entry.service.id, &entry.node.node);
                     all.problems
@@ -69,7 +69,7 @@ impl From<List<HealthEntry>> for Endpoints {
             all.explicit_addresses
                 .extend(explicit_addresses(&entry.service.tagged_addresses));
         }
-        all.endpoints
+        all.list
             .sort_by(|a, b| key(&a.instance).cmp(&key(&b.instance)));
         all
     }
@@ -249,7 +249,7 @@ mod tests {
     #[test]
     fn a_proxy_is_the_instance_that_it_is_in_front_of() {
         let endpoints = read(json!([proxy()]));
-        let [endpoint] = &endpoints.endpoints[..] else {
+        let [endpoint] = &endpoints.list[..] else {
             panic!("{endpoints:?}")
         };
         let expected = Instance {
@@ -285,7 +285,7 @@ mod tests {
         };
         let one = |entry: Value| {
             let all = read(json!([entry]));
-            let instance = all.endpoints.first().map(|e| Arc::clone(&e.instance));
+            let instance = all.list.first().map(|e| Arc::clone(&e.instance));
             instance.ok_or(all.problems)
         };
         let native = json!({"Node": {"Node": "n1", "Address": "192.0.2.7"},
@@ -300,7 +300,7 @@ mod tests {
         let unnamed = one(with("/Service/Proxy/DestinationServiceID", json!(""))).unwrap();
         assert_eq!(unnamed.id.as_str(), "db-1-sidecar-proxy");
         let nomad = json!("_nomad-task-1-group-api-db-5432");
-        assert!(one(with("/Service/Proxy/DestinationServiceID", nomad)).is_ok());
+        one(with("/Service/Proxy/DestinationServiceID", nomad)).unwrap();
         for (pointer, value) in [
             ("/Service/Address", json!("db.example")),
             ("/Service/Port", json!(0)),
@@ -343,7 +343,7 @@ mod tests {
             entry["Checks"] = checks.clone();
             entry["Service"]["Weights"] = weights.clone();
             let endpoints = read(json!([entry]));
-            let weight = endpoints.endpoints[0].instance.weight();
+            let weight = endpoints.list[0].instance.weight();
             assert_eq!(weight, expected, "{checks} {weights}");
         }
     }
@@ -354,7 +354,7 @@ mod tests {
         second["Service"]["ID"] = json!("db-1-other-proxy");
         let endpoints = read(json!([proxy(), second, proxy()]));
         let ids: Vec<_> = endpoints
-            .endpoints
+            .list
             .iter()
             .map(|e| e.instance.id.as_str())
             .collect();

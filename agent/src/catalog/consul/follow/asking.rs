@@ -2,6 +2,7 @@
 
 use std::{collections::VecDeque, sync::Arc};
 
+use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
 use tokio::{
     sync::mpsc,
@@ -25,6 +26,7 @@ use crate::{
         answers::ServiceNames,
         judge::{Content, Doubt},
         position::{Pace, PaceLimits},
+        watch::WatchStatus,
     },
 };
 
@@ -41,7 +43,13 @@ impl Runner {
         let request = Request::to(&["v1", "connect", "intentions"]);
         let watch = Watch::new(self.client.clone(), request, self.settings.watch);
         self.fixed.push(watch.status());
-        let following = policy::follow(self.client.clone(), watch, self.into.clone());
+        let settled = Arc::new(Mutex::new(WatchStatus {
+            path: "/v1/connect/intentions/match".to_owned(),
+            good_at: None,
+            problem: None,
+        }));
+        self.fixed.push(Arc::clone(&settled));
+        let following = policy::follow(self.client.clone(), watch, settled, self.into.clone());
         let following = Box::pin(following);
         self.tasks.spawn(async move {
             following.await;

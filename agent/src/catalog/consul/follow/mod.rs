@@ -268,6 +268,7 @@ impl Runner {
     }
 
     fn choose_soon(&mut self) {
+        self.state.is_outdated = true;
         self.choose_by(Instant::now());
     }
 

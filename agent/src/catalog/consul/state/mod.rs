@@ -52,6 +52,8 @@ pub(super) struct State {
     pub(super) endpoints: HashMap<Query, Arc<Endpoints>>,
     /// When a connection to it was last made.
     pub(super) wanted: HashMap<ServiceName, Instant>,
+    /// What was read since [`Self::choose`] may change the choice.
+    pub(super) is_outdated: bool,
     /// What is in the snapshot, by [`Self::choose`].
     chosen: BTreeSet<ServiceName>,
     /// As last built: what did not change is shared.
@@ -74,6 +76,7 @@ impl State {
             plans: BTreeMap::new(),
             endpoints: HashMap::new(),
             wanted: HashMap::new(),
+            is_outdated: true,
             chosen: BTreeSet::new(),
             built: BTreeMap::new(),
             was_whole: false,
@@ -83,6 +86,7 @@ impl State {
     /// Chooses the services that concern this node: its own, and those that its own may call. To be called when names,
     /// policy, resolvers or the local services changed.
     pub(super) fn choose(&mut self) {
+        self.is_outdated = false;
         let local = self.local.clone().unwrap_or_default();
         let mut candidates: BTreeSet<&ServiceName> = self.names.iter().flatten().collect();
         candidates.extend(self.resolvers.iter().flatten());
@@ -179,7 +183,8 @@ impl State {
     /// Whether everything that concerns this node was read, once.
     fn is_whole(&mut self, queries: &[Query]) -> bool {
         self.was_whole = self.was_whole
-            || self.local.is_some()
+            || !self.is_outdated
+                && self.local.is_some()
                 && self.names.is_some()
                 && self.policy.is_some()
                 && self.defaults.is_some()
