@@ -207,4 +207,6 @@ enum Message {
     Resolvers(Arc<Resolvers>),
     Chain(ServiceName, Plan),
     Endpoints(Query, Event<Endpoints>),
+    /// Made sure of: nobody is there any more.
+    Gone(Query, Arc<Endpoints>),
 }

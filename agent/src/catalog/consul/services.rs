@@ -40,6 +40,8 @@ pub(super) struct Endpoints {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Endpoint {
     pub(super) instance: Arc<Instance>,
+    /// The name under which it is registered: the proxy's own, if it is one.
+    pub(super) registered_as: Arc<str>,
     /// Where it is reached from other datacenters, if not where it is reached from its own.
     pub(super) wan: Option<SocketAddr>,
 }
@@ -137,6 +139,7 @@ fn endpoint(
     };
     Ok(Endpoint {
         wan: wan(entry, service.port).filter(|wan| *wan != instance.tunnel),
+        registered_as: service.service.as_str().into(),
         instance: Arc::new(instance),
     })
 }

@@ -288,6 +288,23 @@ struct AclPolicy {
     id: String,
 }
 
+/// Consul takes it only some time after it has a leader. Returns its id.
+async fn create_policy(root: &Client, policy: &Value) -> String {
+    let create = Request::to(&["v1", "acl", "policy"]);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        match root.put(&create, policy).await {
+            Ok(answer) => {
+                return serde_json::from_slice::<AclPolicy>(&answer.body)
+                    .unwrap()
+                    .id;
+            }
+            Err(error) => assert!(Instant::now() < deadline, "{}", chain(&error)),
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
 #[tokio::test]
 async fn a_token_that_loses_its_rights_loses_nothing_else() {
     let acl = json!({"acl": {"enabled": true, "default_policy": "allow", "tokens": {"master": "root-token"}}});
@@ -295,26 +312,14 @@ async fn a_token_that_loses_its_rights_loses_nothing_else() {
         return;
     };
     let root = consul.client_with("root", "root-token");
-    let rules = |policy: &str| {
+    let rules = |service: &str, node: &str| {
         let rules = format!(
-            "service_prefix \"\" {{policy=\"{policy}\" intentions=\"{policy}\"}} \
-             node_prefix \"\" {{policy=\"{policy}\"}}"
+            "service_prefix \"\" {{policy=\"{service}\" intentions=\"{service}\"}} \
+             node_prefix \"\" {{policy=\"{node}\"}}"
         );
         json!({"Name": "p", "Rules": rules})
     };
-    let create = Request::to(&["v1", "acl", "policy"]);
-    let deadline = Instant::now() + Duration::from_secs(20);
-    let id = loop {
-        match root.put(&create, &rules("read")).await {
-            Ok(answer) => {
-                break serde_json::from_slice::<AclPolicy>(&answer.body)
-                    .unwrap()
-                    .id;
-            }
-            Err(error) => assert!(Instant::now() < deadline, "{}", chain(&error)),
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    };
+    let id = create_policy(&root, &rules("read", "read")).await;
     let secret = "11111111-2222-3333-4444-555555555555";
     let token = json!({"SecretID": secret, "Policies": [{"Name": "p"}]});
     let tokens = Request::to(&["v1", "acl", "token"]);
@@ -329,7 +334,22 @@ async fn a_token_that_loses_its_rights_loses_nothing_else() {
     running.until("whole", is_read).await;
 
     let update = Request::to(&["v1", "acl", "policy", &id]);
-    root.put(&update, &rules("deny")).await.unwrap();
+    // Without the right to see nodes, all instances are left out of answers that look right otherwise.
+    root.put(&update, &rules("read", "deny")).await.unwrap();
+    let behind = async {
+        let mut n = 0;
+        while running.handle.status().behind_for(Instant::now()).is_none() {
+            n += 1;
+            register(&root, &with_sidecar("db", 5500 + n, 21000)).await;
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    let doubted = timeout(Duration::from_secs(20), behind).await;
+    doubted.unwrap_or_else(|_elapsed| panic!("{:#?}", running.handle.status()));
+    let now = running.snapshots.borrow().clone().unwrap();
+    assert!(shown(&now).contains_key("db"), "{now:?}");
+
+    root.put(&update, &rules("deny", "deny")).await.unwrap();
     let behind = async {
         let mut n = 0;
         loop {
@@ -360,7 +380,7 @@ async fn a_token_that_loses_its_rights_loses_nothing_else() {
             .any(|i| *i.entry == *format!("intention {denial}"))
     );
     // The right comes back, and with it the truth.
-    root.put(&update, &rules("read")).await.unwrap();
+    root.put(&update, &rules("read", "read")).await.unwrap();
     let gone = Request::to(&["v1", "connect", "intentions", &denial]);
     root.delete(&gone).await.unwrap();
     running

@@ -1,9 +1,12 @@
 //! The tasks that ask, one per blocking query.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{
+    collections::{BTreeSet, VecDeque},
+    sync::Arc,
+};
 
 use parking_lot::Mutex;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep},
@@ -19,16 +22,19 @@ use crate::{
             policy,
             services::Endpoints,
         },
-        model::ServiceName,
+        model::{NodeName, ServiceName},
     },
     consul::{
-        Client, Event, Request, Watch,
-        answers::ServiceNames,
+        Client, ConsulError, Event, Request, Watch,
+        answers::{List, ServiceNames},
         judge::{Content, Doubt},
         position::{Pace, PaceLimits},
         watch::WatchStatus,
     },
 };
+
+/// Of the names under which a service's instances were seen, how many are asked about once all have vanished.
+const NAMES_ASKED_ABOUT: usize = 3;
 
 impl Runner {
     /// Everything but instances and chains.
@@ -84,6 +90,27 @@ impl Runner {
             Ended::Other
         });
         self.chains = Some(task);
+    }
+
+    /// Makes sure that nobody is there any more where `before` was, and not only out of the token's sight.
+    pub(super) fn make_sure(
+        &mut self,
+        query: Query,
+        before: Arc<Endpoints>,
+        nobody: Arc<Endpoints>,
+    ) {
+        let (client, into) = (self.client.clone(), self.into.clone());
+        let asked = query.clone();
+        let task = self.tasks.spawn(async move {
+            let mut pace = Pace::new(PaceLimits::default(), Instant::now());
+            while !sees(&client, &asked, &before).await.unwrap_or(false) {
+                sleep(pace.after_failure(fastrand::f64())).await;
+            }
+            // Nobody takes it while the source ends.
+            let _ended = into.send(Message::Gone(asked, nobody)).await;
+            Ended::Other
+        });
+        self.gone.insert(query, task);
     }
 
     pub(super) fn new_watch(&self, query: &Query) -> Box<Watch<Endpoints>> {
@@ -174,6 +201,51 @@ async fn follow_endpoints(
         }
     }
 }
+
+/// Whether the token may see what was registered as `before`: an answer is filtered by the rights on nodes and on the
+/// names of proxies as well, without a sign in versions before 1.11.
+///
+/// A name that may not be seen is answered as if nothing had been looked up, even if it is nobody's; and some node
+/// there is always.
+async fn sees(client: &Client, query: &Query, before: &Endpoints) -> Result<bool, ConsulError> {
+    let to = |segments: &[&str]| match &query.datacenter {
+        Some(datacenter) => Request::to(segments).with("dc", &**datacenter),
+        None => Request::to(segments),
+    };
+    let names: BTreeSet<&str> = before.list.iter().map(|e| &*e.registered_as).collect();
+    for name in names.into_iter().take(NAMES_ASKED_ABOUT) {
+        let request = to(&["v1", "health", "connect", name]);
+        let answer = client.get::<IgnoredAny>(&request).await?;
+        if answer.known_leader != Some(true) || answer.filtered_by_acls {
+            return Ok(false);
+        }
+    }
+    let nodes = before.list.iter().map(|endpoint| &endpoint.instance.node);
+    let nodes: BTreeSet<&NodeName> = nodes.collect();
+    let wanted: Vec<String> = nodes
+        .into_iter()
+        .take(NAMES_ASKED_ABOUT)
+        .map(|node| format!("Node == {}", serde_json::Value::from(node.as_str())))
+        .collect();
+    let request = to(&["v1", "catalog", "nodes"]);
+    let some = request.clone().with("filter", wanted.join(" or "));
+    // They may have left; then others are there to be seen.
+    for request in [some, request] {
+        if !client
+            .get::<List<Anything>>(&request)
+            .await?
+            .body
+            .is_empty()
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// An element that is not looked at.
+#[derive(Debug, Clone, Default, PartialEq, serde::Deserialize)]
+struct Anything {}
 
 /// What fails is asked for again after the others.
 async fn chains(client: Client, mut services: VecDeque<ServiceName>, into: mpsc::Sender<Message>) {

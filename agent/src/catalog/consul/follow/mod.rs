@@ -25,7 +25,7 @@ use crate::{
     catalog::model::{ServiceName, Snapshot},
     consul::{
         Client, Event, Watch,
-        judge::Content as _,
+        judge::{Content as _, Doubt},
         position::{Pace, PaceLimits},
         watch::WatchStatus,
     },
@@ -97,6 +97,8 @@ pub(super) struct Runner {
     read_not_before: Instant,
     read_pace: Pace,
     read_problem: Option<String>,
+    /// Services whose instances all vanished, as it seems, while that is made sure of.
+    gone: HashMap<Query, AbortHandle>,
     waiting: Vec<(Query, oneshot::Sender<()>)>,
     choose_at: Option<Instant>,
     chosen_at: Instant,
@@ -145,6 +147,7 @@ impl Runner {
             read_not_before: now,
             read_pace: Pace::new(PaceLimits::default(), now),
             read_problem: None,
+            gone: HashMap::new(),
             waiting: Vec::new(),
             choose_at: None,
             chosen_at: now - CHOOSE_EVERY,
@@ -217,6 +220,12 @@ impl Runner {
                 self.take_endpoints(query, event);
                 return;
             }
+            Message::Gone(query, nobody) => {
+                if self.gone.remove(&query).is_some() && self.all.contains(&query) {
+                    self.know(query, nobody);
+                }
+                return;
+            }
         }
         self.publish_soon();
     }
@@ -226,17 +235,31 @@ impl Runner {
             Event::Changed(answer) if self.all.contains(&query) => {
                 self.read_pace.after_answer(Instant::now(), 0.0);
                 self.read_problem = None;
-                let is_empty = answer.body.is_empty();
-                let before = self.state.endpoints.insert(query, answer.body);
-                if before.is_none_or(|before| before.is_empty() != is_empty) {
-                    self.choose_by(Instant::now() + RANK_EVERY);
+                // What was to be made sure of is no longer so.
+                if let Some(asking) = self.gone.remove(&query) {
+                    asking.abort();
                 }
-                self.publish_soon();
+                match self.state.endpoints.get(&query) {
+                    Some(before) if answer.body.is_empty() && !before.is_empty() => {
+                        let before = Arc::clone(before);
+                        self.make_sure(query, before, answer.body);
+                    }
+                    Some(_) | None => self.know(query, answer.body),
+                }
             }
             Event::Changed(_) => {}
             Event::Doubtful(doubt) => self.read_failed(&query, doubt.to_string()),
             Event::Failed(error) => self.read_failed(&query, chain(&error).to_string()),
         }
+    }
+
+    fn know(&mut self, query: Query, known: Arc<Endpoints>) {
+        let is_empty = known.is_empty();
+        let before = self.state.endpoints.insert(query, known);
+        if before.is_none_or(|before| before.is_empty() != is_empty) {
+            self.choose_by(Instant::now() + RANK_EVERY);
+        }
+        self.publish_soon();
     }
 
     /// A blocking query paces itself; what is read in turns is not read on while reads fail.
@@ -305,6 +328,13 @@ impl Runner {
         self.queries = self.state.queries();
         self.state.retain(&self.queries);
         self.all = self.queries.iter().cloned().collect();
+        self.gone.retain(|query, asking| {
+            let is_known = self.all.contains(query);
+            if !is_known {
+                asking.abort();
+            }
+            is_known
+        });
         self.to_watch = self
             .queries
             .iter()
@@ -530,6 +560,13 @@ impl Runner {
             Asking::Idle(_) | Asking::Reading => None,
         });
         watches.extend(of_services.filter(|status| status.problem.is_some()));
+        for query in self.gone.keys() {
+            watches.push(WatchStatus {
+                path: format!("/v1/health/connect/{}", query.service),
+                good_at: None,
+                problem: Some(Doubt::LostRights.to_string()),
+            });
+        }
         let problem = watches.iter().find_map(|status| status.problem.clone());
         let is_behind = problem.is_some() || self.read_problem.is_some();
         if is_behind != self.was_behind {
