@@ -165,10 +165,7 @@ impl Follower {
         let targets = match &mut self.local {
             Some(local) => {
                 let instances = local.instances();
-                let each = instances
-                    .iter()
-                    .map(|(service, instance)| (service, instance));
-                Targets::new(each, &node.local)
+                Targets::at_own_ports(instances.iter(), &node.local)
             }
             None => Targets::new(node.catalog.current().instances_on(&node.name), &node.local),
         };

@@ -207,8 +207,13 @@ impl Registrar {
     /// ports.
     pub async fn run(mut self, shutdown: Shutdown, is_replaced: impl Fn() -> bool + Send) {
         while !shutdown.is_draining() {
+            let read = tokio::select! {
+                biased;
+                () = shutdown.draining() => break,
+                read = self.read() => read,
+            };
             // Not dropped half way: what Consul was asked to register it might do after the farewell.
-            let pause = self.look().await;
+            let pause = self.follow(read).await;
             let listening = self.listening.has_changed().is_ok();
             tokio::select! {
                 biased;
@@ -222,10 +227,10 @@ impl Registrar {
         }
     }
 
-    /// Brings everything up to date once. Returns how long to wait for the next time.
-    async fn look(&mut self) -> Duration {
+    /// Brings everything up to date with what Consul's agent has. Returns how long to wait before the next look.
+    async fn follow(&mut self, read: Result<(AgentServices, bool), String>) -> Duration {
         let mut problems = BTreeSet::new();
-        match self.read().await {
+        match read {
             Ok((present, filtered)) => {
                 self.status.lock().good_at = Some(SystemTime::now());
                 self.known.present = Some((present, filtered));
