@@ -19,7 +19,7 @@ use crate::{
         testing::{RealConsul, register},
     },
     datapath::{CgroupId, cgroup::Cgroup2},
-    identity::workload::CgroupPaths,
+    identity::{consul_ca::ConsulAgent, workload::CgroupPaths},
 };
 
 /// A registrar that runs, and its surroundings.
@@ -263,22 +263,32 @@ async fn missing_and_lost_rights_are_told_and_nothing_is_dropped() {
         return;
     };
     let root = consul.client_with("root", "root");
-    let policy = json!({"Name": "web", "Rules": "service \"web\" { policy = \"write\" }"});
+    let of_service = r#"service "web" { policy = "write" }"#;
+    // As docs/consul.md has it.
+    let documented = r#"
+        agent_prefix "" { policy = "read" }
+        service "web" { policy = "write" }
+        service "web-sidestep-proxy" { policy = "write" }
+    "#;
+    let policy = json!({"Name": "service", "Rules": of_service});
     let deadline = Instant::now() + Duration::from_secs(20);
     let request = Request::to(&["v1", "acl", "policy"]);
     while root.put(&request, &policy).await.is_err() {
         assert!(Instant::now() < deadline, "no ACLs");
         sleep(Duration::from_millis(50)).await;
     }
-    let secret = "6d09d5e2-0000-4000-8000-000000000002";
-    let token = json!({"SecretID": secret, "Policies": [{"Name": "web"}]});
-    root.put(&Request::to(&["v1", "acl", "token"]), &token)
-        .await
-        .unwrap();
+    let policy = json!({"Name": "documented", "Rules": documented});
+    root.put(&request, &policy).await.unwrap();
+    let [secret, sufficient] = [2, 3].map(|n| format!("6d09d5e2-0000-4000-8000-00000000000{n}"));
+    for (secret, policy) in [(&secret, "service"), (&sufficient, "documented")] {
+        let token = json!({"SecretID": secret, "Policies": [{"Name": policy}]});
+        let request = Request::to(&["v1", "acl", "token"]);
+        root.put(&request, &token).await.unwrap();
+    }
     register(&root, &web(8080, "1")).await;
 
     // It may see and write web, and not the name of its proxy.
-    let scene = Setup::with_rules(&["web"], 21_500).run(consul.client_with("agent", secret));
+    let scene = Setup::with_rules(&["web"], 21_500).run(consul.client_with("agent", &secret));
     scene.local.listening_at([21_500].into());
     let has = |text: &str| {
         let status = scene.local.status();
@@ -306,12 +316,29 @@ async fn missing_and_lost_rights_are_told_and_nothing_is_dropped() {
             "nothing is dropped"
         );
     }
-    use_token("root");
+    use_token(&sufficient);
     wait_for("well", || scene.local.status().problems.is_empty()).await;
     until(&root, "registered", |now| {
         now.0.contains_key("sidestep-web-1")
     })
     .await;
+    let client = consul.client_with("agent", &sufficient);
+    let agent = ConsulAgent::ask(&client).await.unwrap();
+    assert_eq!(agent.node, "node1");
+    // Consul's agent told the servers, which takes rights too.
+    let proxies = Request::to(&["v1", "catalog", "service", "web-sidestep-proxy"]);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let none_yet = async || {
+        let answer = root.get::<List<Value>>(&proxies).await.unwrap();
+        answer.body.0.is_empty()
+    };
+    while none_yet().await {
+        assert!(Instant::now() < deadline, "not in the catalog");
+        sleep(Duration::from_millis(50)).await;
+    }
+    scene.shutdown.run("test", Duration::from_secs(20)).await;
+    let left = services(&root).await.0;
+    assert!(!left.contains_key("sidestep-web-1"));
 }
 
 /// A process that listens in a cgroup of its own, which goes with it.
