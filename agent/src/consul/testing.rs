@@ -29,7 +29,7 @@ impl Drop for RealConsul {
 }
 
 /// The program: where `PATH` has it, or unpacked from Debian's package below `target/consul`.
-fn program() -> Option<PathBuf> {
+pub(crate) fn program() -> Option<PathBuf> {
     let unpacked = concat!(
         env!("CARGO_MANIFEST_DIR"),
         "/../target/consul/root/usr/bin/consul"

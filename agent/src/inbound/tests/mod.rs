@@ -1,4 +1,6 @@
-//! A tunnel listener as strangers and health checks meet it.
+//! A tunnel listener as strangers, health checks and Consul's own proxy meet it.
+
+mod consul;
 
 use std::{net::Ipv4Addr, path::Path};
 
@@ -11,7 +13,8 @@ use crate::{
     identity::{
         certificates::Jitter,
         clock::SystemClock,
-        testing::{DAY, builtin_ca, trust_domain},
+        provider::CertificateProvider,
+        testing::{DAY, builtin_ca},
     },
     policy::Intentions,
     telemetry::{
@@ -21,7 +24,8 @@ use crate::{
     },
 };
 
-fn inbound(place: &Path, log: &Path) -> Arc<Inbound> {
+/// All that takes tunnels, with certificates of `ca` and an access log in `log`; allows nothing.
+fn inbound(ca: Arc<dyn CertificateProvider>, log: &Path) -> Arc<Inbound> {
     let metrics = Arc::new(Metrics::new(SeriesLimits::default(), "0"));
     let destination = Destination::File(log.to_owned());
     let dropped = metrics.dropped_lines();
@@ -32,8 +36,8 @@ fn inbound(place: &Path, log: &Path) -> Arc<Inbound> {
     };
     let (allocator, _damaged) = VipAllocator::new(pools, None, Duration::ZERO);
     let shutdown = Shutdown::default();
+    let trust_domain = ca.trust().borrow().roots.trust_domain().clone();
     let clock = Arc::new(SystemClock);
-    let ca = Arc::new(builtin_ca(place, DAY, Arc::<SystemClock>::clone(&clock)));
     Arc::new(Inbound {
         catalog: Arc::new(CatalogStore::new(allocator)),
         targets: arc_swap::ArcSwap::default(),
@@ -51,7 +55,7 @@ fn inbound(place: &Path, log: &Path) -> Arc<Inbound> {
             connect_timeout: Duration::from_secs(20),
             idle_timeout: None,
         }),
-        local: LocalDomain::new(trust_domain(), "dc1".to_owned()),
+        local: LocalDomain::new(trust_domain, "dc1".to_owned()),
         shutdown,
     })
 }
@@ -60,7 +64,8 @@ fn inbound(place: &Path, log: &Path) -> Arc<Inbound> {
 async fn a_health_check_leaves_no_line_and_no_outcome() {
     let place = tempdir().unwrap();
     let log = place.path().join("access.log");
-    let inbound = inbound(place.path(), &log);
+    let ca = Arc::new(builtin_ca(place.path(), DAY, Arc::new(SystemClock)));
+    let inbound = inbound(ca, &log);
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let address = listener.local_addr().unwrap();
     let serve = Arc::clone(&inbound).serve(listener, address.port());
