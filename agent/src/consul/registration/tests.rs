@@ -161,7 +161,7 @@ async fn an_instance_is_registered_followed_and_deregistered() {
         json!({"ID": "other-1", "Name": "other", "Port": app_port}),
         proxy("web-1-sidecar-proxy", None),
         proxy("sidestep-of-b", Some("node-b")),
-        proxy("sidestep-stale", Some("node-a")),
+        proxy("sidestep-_stale/task 1", Some("node-a")),
     ] {
         register(&client, &service).await;
     }
@@ -175,7 +175,7 @@ async fn an_instance_is_registered_followed_and_deregistered() {
     assert_eq!(instance.tunnel, (Ipv4Addr::LOCALHOST, port).into());
     assert_eq!(instance.local, (Ipv4Addr::LOCALHOST, app_port).into());
     until(&client, "clean", |now| {
-        !now.0.contains_key("sidestep-stale")
+        !now.0.contains_key("sidestep-_stale/task 1")
     })
     .await;
     assert!(!services(&client).await.0.contains_key("sidestep-web-1"));

@@ -74,7 +74,7 @@ fn only_instances_that_can_be_reached_through_the_node_are_local() {
         json!({"ID": "web-1-sidecar-proxy", "Kind": "connect-proxy", "Service": "web-sidecar-proxy", "Port": 21000}),
         json!({"ID": "gateway", "Kind": "mesh-gateway", "Service": "gateway", "Port": 8443}),
         json!({"ID": "native", "Service": "native", "Port": 1, "Connect": {"Native": true}}),
-        json!({"ID": "with blank", "Service": "blank", "Port": 1}),
+        json!({"ID": "_nomad/task 1", "Service": "nomad", "Port": 1}),
         json!({"ID": "odd", "Service": "ödd", "Port": 1}),
     ]);
     let (services, unusable) = local_services(&present);
@@ -89,13 +89,14 @@ fn only_instances_that_can_be_reached_through_the_node_are_local() {
         })
         .collect();
     let expected = [
+        ("_nomad/task 1", 1, None),
         ("db-1", 5432, Some("2001:db8::5".to_owned())),
         ("named", 1, None),
         ("web-1", 8080, None),
     ];
     assert_eq!(found, expected);
-    assert_eq!(unusable, ["odd", "with blank"]);
-    assert_eq!(services[0].weights, Weights::default());
+    assert_eq!(unusable, ["odd"]);
+    assert_eq!(services[1].weights, Weights::default());
 }
 
 #[test]
