@@ -203,6 +203,15 @@ impl Registrar {
         (registrar, other_side)
     }
 
+    /// Looks once, so that [`LocalServices::instances`] says what to listen for before anything else begins. Registers
+    /// nothing, since nothing listens yet. Returns whether Consul's agent answered.
+    pub async fn prepare(&mut self) -> bool {
+        let read = self.read().await;
+        let answered = read.is_ok();
+        self.follow(read).await;
+        answered
+    }
+
     /// Runs until the agent drains. Then deregisters, unless `is_replaced` says that another agent goes on with the same
     /// ports.
     pub async fn run(mut self, shutdown: Shutdown, is_replaced: impl Fn() -> bool + Send) {
@@ -262,22 +271,22 @@ impl Registrar {
             is_new || is_first
         });
         let listening = self.listening.borrow_and_update().clone();
-        let reached: Vec<_> = instances
+        let registered: Vec<_> = instances
             .iter()
-            .filter(|(_, instance)| {
-                self.settings.register && listening.contains(&instance.tunnel.port())
-            })
+            .filter(|_| self.settings.register)
             .collect();
         if !is_away {
-            let wanted = reached
+            let wanted = registered
                 .iter()
                 .map(|(service, instance)| self.settings.node.registration(service, instance));
-            let plan = plan(&self.settings.node, wanted.collect(), &present);
+            let node = &self.settings.node;
+            let plan = plan(node, wanted.collect(), &listening, &present);
             self.carry_out(plan, &mut problems).await;
         }
-        let registered = reached
+        let registered = registered
             .iter()
-            .map(|(_, instance)| (instance.id.clone(), instance.tunnel.port()));
+            .map(|(_, instance)| (instance.id.clone(), instance.tunnel.port()))
+            .filter(|(_, port)| listening.contains(port));
         self.tell(problems, registered.collect());
         if is_away {
             self.reading.after_failure(fastrand::f64())
@@ -501,7 +510,7 @@ impl Registrar {
     async fn say_farewell(&self) {
         let all = async {
             let (present, _) = self.read().await?;
-            for id in plan(&self.settings.node, vec![], &present).deregister {
+            for id in plan(&self.settings.node, vec![], &BTreeSet::new(), &present).deregister {
                 let done = self.deregister(&id).await;
                 done.map_err(|error| chain(&error).to_string())?;
             }

@@ -55,8 +55,21 @@ impl Setup {
     }
 
     fn run(self, client: Client) -> Scene {
+        let is_replaced = self.is_replaced;
+        let (registrar, local) = self.registrar(client);
+        let workloads = Arc::clone(&registrar.workloads);
+        let shutdown = Shutdown::default();
+        let running = registrar.run(shutdown.clone(), move || is_replaced);
+        shutdown.spawn("registrar", running);
+        Scene {
+            local,
+            workloads,
+            shutdown,
+        }
+    }
+
+    fn registrar(self, client: Client) -> (Registrar, LocalServices) {
         let workloads = WorkloadResolver::new(&self.rules, Boxed(self.cgroups)).unwrap();
-        let workloads = Arc::new(workloads);
         let settings = RegistrarSettings {
             node: node(),
             datacenter: "dc1".to_owned(),
@@ -65,18 +78,7 @@ impl Setup {
             state_file: None,
             discovery: self.discovery,
         };
-        let (registrar, local) = Registrar::new(client, settings, Arc::clone(&workloads));
-        let shutdown = Shutdown::default();
-        let is_replaced = self.is_replaced;
-        shutdown.spawn(
-            "registrar",
-            registrar.run(shutdown.clone(), move || is_replaced),
-        );
-        Scene {
-            local,
-            workloads,
-            shutdown,
-        }
+        Registrar::new(client, settings, Arc::new(workloads))
     }
 }
 
@@ -479,4 +481,36 @@ async fn the_process_that_listens_for_a_service_is_the_service() {
     wait_for("told", || scene.local.status().discovered.is_empty()).await;
     assert!(services(&client).await.0.contains_key("sidestep-web-1"));
     scene.shutdown.run("test", Duration::from_secs(20)).await;
+}
+
+#[tokio::test]
+async fn a_restarted_agent_knows_what_to_listen_for_before_it_begins_and_deregisters_nothing() {
+    let Some(consul) = RealConsul::start(json!({})).await else {
+        return;
+    };
+    let client = consul.client();
+    register(&client, &web(8080, "1")).await;
+    let mut setup = Setup::with_rules(&["web"], 21_500);
+    setup.is_replaced = true;
+    let first = setup.run(client.clone());
+    first.local.listening_at([21_500].into());
+    until(&client, "registered", |now| {
+        now.0.contains_key("sidestep-web-1")
+    })
+    .await;
+    first.shutdown.run("test", Duration::from_secs(20)).await;
+
+    let (mut registrar, local) = Setup::with_rules(&["web"], 21_500).registrar(client.clone());
+    assert!(registrar.prepare().await);
+    let instances = local.instances().borrow().clone();
+    assert_eq!(instances[0].1.tunnel.port(), 21_500);
+    assert!(services(&client).await.0.contains_key("sidestep-web-1"));
+
+    drop(consul);
+    assert!(!registrar.prepare().await, "Consul is away");
+    assert_eq!(
+        *local.instances().borrow(),
+        instances,
+        "what was known stays"
+    );
 }

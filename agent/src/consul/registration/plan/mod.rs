@@ -249,7 +249,15 @@ pub struct Plan {
 }
 
 /// Compares. What is not ours is never touched.
-pub fn plan(node: &OwnNode, wanted: Vec<Registration>, present: &AgentServices) -> Plan {
+///
+/// Only what is reached at one of the ports `listening` is registered. What an earlier life registered and is wanted stays
+/// until then: the listener may be that of an agent which is being replaced.
+pub fn plan(
+    node: &OwnNode,
+    wanted: Vec<Registration>,
+    listening: &BTreeSet<u16>,
+    present: &AgentServices,
+) -> Plan {
     let ours = present.0.iter().filter(|(id, entry)| node.owns(id, entry));
     let is_wanted = |id: &String| wanted.iter().any(|wanted| wanted.id == *id);
     let stale = ours.map(|(id, _)| id).filter(|id| !is_wanted(id)).cloned();
@@ -263,7 +271,10 @@ pub fn plan(node: &OwnNode, wanted: Vec<Registration>, present: &AgentServices) 
                 plan.taken.insert(registration.id);
             }
             Some(entry) if registration.is(entry) => {}
-            Some(_) | None => plan.register.push(registration),
+            Some(_) | None if listening.contains(&registration.port) => {
+                plan.register.push(registration);
+            }
+            Some(_) | None => {}
         }
     }
     plan

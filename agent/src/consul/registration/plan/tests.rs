@@ -43,6 +43,15 @@ fn wanted(service: &Value, port: u16) -> Registration {
     node().registration(&services[0].service, &instance)
 }
 
+/// The plan where there is a listener at every port of `wanted`.
+fn planned(node: &OwnNode, wanted: Vec<Registration>, present: &AgentServices) -> Plan {
+    let listening = wanted
+        .iter()
+        .map(|registration| registration.port)
+        .collect();
+    plan(node, wanted, &listening, present)
+}
+
 #[test]
 fn a_registration_is_a_connect_proxy_with_all_that_the_service_says() {
     let expected = json!({
@@ -103,7 +112,10 @@ fn only_instances_that_can_be_reached_through_the_node_are_local() {
 fn what_is_there_already_is_not_registered_again() {
     let registration = wanted(&web(), 21_500);
     let present = agent(&[web(), shown(&registration)]);
-    assert_eq!(plan(&node(), vec![registration], &present), Plan::default());
+    assert_eq!(
+        planned(&node(), vec![registration], &present),
+        Plan::default()
+    );
 }
 
 type Change = fn(&mut Value);
@@ -125,13 +137,13 @@ fn any_change_of_the_service_is_carried_to_its_proxy() {
         let mut service = web();
         change(&mut service);
         let changed = wanted(&service, 21_500);
-        let planned = plan(&node(), vec![changed.clone()], &present);
-        assert_eq!(planned.register, [changed], "{what}");
-        assert!(planned.deregister.is_empty(), "{what}");
+        let done = planned(&node(), vec![changed.clone()], &present);
+        assert_eq!(done.register, [changed], "{what}");
+        assert!(done.deregister.is_empty(), "{what}");
     }
     let moved = wanted(&web(), 21_501);
     assert_eq!(
-        plan(&node(), vec![moved.clone()], &present).register,
+        planned(&node(), vec![moved.clone()], &present).register,
         [moved]
     );
     let updated = OwnNode {
@@ -142,7 +154,7 @@ fn any_change_of_the_service_is_carried_to_its_proxy() {
     let instance = updated.instance(&services[0], 21_500, ([127, 0, 0, 1], 8080).into());
     let again = updated.registration(&services[0].service, &instance);
     assert_eq!(
-        plan(&updated, vec![again], &present).register.len(),
+        planned(&updated, vec![again], &present).register.len(),
         1,
         "another version"
     );
@@ -166,19 +178,19 @@ fn ours_of_an_earlier_life_go_and_what_is_of_others_stays() {
     let mut renamed = ours.clone();
     renamed["ID"] = json!("old-1-sidecar-proxy");
     let present = agent(&[web(), ours, other_node, only_named_so, not_a_proxy, renamed]);
-    let planned = plan(&node(), vec![], &present);
+    let done = planned(&node(), vec![], &present);
     let expected = Plan {
         deregister: vec!["sidestep-old-1".to_owned()],
         ..Plan::default()
     };
-    assert_eq!(planned, expected);
+    assert_eq!(done, expected);
 }
 
 #[test]
 fn an_id_that_somebody_else_has_is_left_to_them() {
     let mut theirs = shown(&wanted(&web(), 21_500));
     theirs["Meta"]["sidestep-node"] = json!("node-b");
-    let planned = plan(
+    let done = planned(
         &node(),
         vec![wanted(&web(), 21_500)],
         &agent(&[web(), theirs]),
@@ -187,5 +199,21 @@ fn an_id_that_somebody_else_has_is_left_to_them() {
         taken: ["sidestep-web-1".to_owned()].into(),
         ..Plan::default()
     };
-    assert_eq!(planned, expected);
+    assert_eq!(done, expected);
+}
+
+#[test]
+fn without_a_listener_nothing_is_registered_and_what_was_stays() {
+    let registration = wanted(&web(), 21_500);
+    let none = BTreeSet::new();
+    let nothing_yet = plan(&node(), vec![registration.clone()], &none, &agent(&[web()]));
+    assert_eq!(nothing_yet, Plan::default());
+    let mut of_before = shown(&registration);
+    of_before["Meta"]["sidestep"] = json!("1.2.2");
+    let present = agent(&[web(), of_before]);
+    let stays = plan(&node(), vec![registration.clone()], &none, &present);
+    assert_eq!(stays, Plan::default());
+    let listening = [21_500].into();
+    let renewed = plan(&node(), vec![registration.clone()], &listening, &present);
+    assert_eq!(renewed.register, [registration]);
 }
