@@ -68,6 +68,8 @@ name = "a"
 address = "192.0.2.1"
 [capture]
 cgroups = ["/system.slice"]
+# An emulated machine takes its time to start another agent.
+hung_after = "20s"
 [identity]
 trust_domain = "example.test"
 [identity.ca]

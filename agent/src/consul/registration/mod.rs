@@ -323,7 +323,7 @@ impl Registrar {
             was_empty: present.0.is_empty(),
             was_filtered: *filtered,
         });
-        if let Verdict::Keep(doubt) = judge(told, &answer, Duration::MAX) {
+        if let Verdict::Keep(doubt) = judge(told, &answer, false, Duration::MAX) {
             return Err(doubt.to_string());
         }
         // Before 1.11 a token without rights is answered as an agent without services is.
