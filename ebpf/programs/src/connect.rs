@@ -5,8 +5,8 @@
 
 use aya_ebpf::helpers::generated::{bpf_get_current_ancestor_cgroup_id, bpf_ktime_get_ns};
 use sidestep_abi::{
-    ABI_VERSION, Address, Class, Config, Facts, Found, Heartbeat, ListenerKey, Origin, PortBe, Role, Target, Verdict,
-    VipKey, classify, decide, loopback_spread, may_fall_back,
+    ABI_VERSION, Address, Class, Config, Facts, Found, Heartbeat, ListenerKey, Origin, PortBe,
+    Role, Target, Verdict, VipKey, classify, decide, loopback_spread, may_fall_back,
 };
 
 use crate::{

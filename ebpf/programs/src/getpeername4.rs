@@ -24,9 +24,8 @@ pub fn sidestep_peer4(context: SockAddrContext) -> i32 {
 pub fn shown_peer(context: SockAddr, peer: Address) -> Option<(Address, PortBe)> {
     let origin = origins::of(context.socket()?)?;
     let is_application = origin.role == Role::CLIENT || origin.role == Role::FALLBACK;
-    let fits = is_application
-        && origin.rewritten == peer
-        && origin.rewritten_port == context.port();
+    let fits =
+        is_application && origin.rewritten == peer && origin.rewritten_port == context.port();
     if !fits {
         return None;
     }
