@@ -4,7 +4,10 @@
 
 use std::{fmt::Display, future::Future, time::Duration};
 
-use tokio::task::JoinHandle;
+use tokio::{
+    runtime::{Handle, RuntimeFlavor},
+    task::{JoinHandle, block_in_place},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::Instrument as _;
 
@@ -101,6 +104,17 @@ impl Shutdown {
     }
 }
 
+/// Does what takes long without stopping others: else a worker that is busy may be the one that everybody's sockets
+/// and timers are waited for on, and the whole runtime stands still.
+pub fn aside<T>(work: impl FnOnce() -> T) -> T {
+    let runtime = Handle::try_current().map(|handle| handle.runtime_flavor());
+    match runtime {
+        Ok(RuntimeFlavor::MultiThread) => block_in_place(work),
+        // That of a test, which has no other thread.
+        _ => work(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -119,5 +133,20 @@ mod tests {
         let inner = shutdown.clone();
         shutdown.spawn("long", async move { inner.forced().await });
         assert_eq!(shutdown.run("test", Duration::from_secs(5)).await, 1);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn what_is_done_aside_keeps_no_task_waiting() {
+        let shutdown = Shutdown::default();
+        let (begun, other) = std::sync::mpsc::channel();
+        let long = shutdown.spawn("long", async move { aside(|| other.recv()) });
+        shutdown.spawn("other", async move { begun.send(()) });
+        let both = tokio::time::timeout(Duration::from_secs(20), long);
+        assert_eq!(both.await.unwrap().unwrap(), Ok(()));
+    }
+
+    #[tokio::test]
+    async fn a_runtime_of_one_thread_does_it_all_the_same() {
+        assert_eq!(aside(|| 1), 1);
     }
 }

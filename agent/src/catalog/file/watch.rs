@@ -12,7 +12,10 @@ use tokio::{
 };
 
 use super::{FileSource, Loaded, scan};
-use crate::{lifecycle::Shutdown, telemetry::log::chain};
+use crate::{
+    lifecycle::{Shutdown, aside},
+    telemetry::log::chain,
+};
 
 /// A change is settled when nothing moved for this long.
 const SETTLED: Duration = Duration::from_millis(200);
@@ -34,11 +37,13 @@ impl FileSource {
                 watcher.cover(self.directory());
             }
             // Read after the watches stand, so that no change falls between.
-            let loaded = self.load();
-            if loaded != last {
-                publish(&loaded);
-                last = loaded;
-            }
+            aside(|| {
+                let loaded = self.load();
+                if loaded != last {
+                    publish(&loaded);
+                    last = loaded;
+                }
+            });
             let changed = async {
                 match &mut watcher {
                     Some(watcher) => watcher.settled_change().await,
