@@ -14,9 +14,6 @@ use crate::{
     wait::{SOON, Stopwatch, pause, wait_for_value},
 };
 
-/// What one transaction may hold.
-const BATCH: usize = 64;
-
 /// Instances of each service, on nodes that have no agent.
 const INSTANCES: usize = 4;
 
@@ -97,17 +94,18 @@ fn processor(node: &Node, during: impl FnOnce() -> Result<()>) -> Result<f64> {
     Ok(100.0 * used.as_secs_f64() / clock.elapsed().as_secs_f64())
 }
 
-/// An operation of a transaction: instance `index` of service `service`, in its state `version`.
-fn instance(service: usize, index: usize, version: u32) -> Value {
+/// Instance `index` of service number `service`, in its state `version`, as catalogs take what no agent registers.
+fn instance(service: usize, index: usize, version: u32) -> (&'static str, Value) {
     let name = format!("many-{service}");
-    json!({ "Service": {
-        "Verb": "set",
+    let address = format!("10.78.{index}.1");
+    let body = json!({
         "Node": format!("far-{index}"),
+        "Address": address,
         "Service": {
             "Kind": "connect-proxy",
             "ID": format!("{name}-{index}-proxy"),
             "Service": format!("{name}-proxy"),
-            "Address": format!("10.78.{index}.1"),
+            "Address": address,
             "Port": 20_000,
             "Meta": { "version": version.to_string() },
             "Proxy": {
@@ -115,24 +113,18 @@ fn instance(service: usize, index: usize, version: u32) -> Value {
                 "DestinationServiceID": format!("{name}-{index}"),
             },
         },
-    } })
+    });
+    ("catalog/register", body)
 }
 
 fn register_many(api: &Api, count: usize) -> Result<()> {
-    for index in 0..INSTANCES {
-        let node = json!({ "Node": format!("far-{index}"), "Address": format!("10.78.{index}.1") });
-        api.put("catalog/register", &node)?;
-    }
-    let all: Vec<Value> = (0..count)
+    let all: Vec<_> = (0..count)
         .flat_map(|service| (0..INSTANCES).map(move |index| instance(service, index, 0)))
         .collect();
-    for batch in all.chunks(BATCH) {
-        api.put("txn", &batch.into())?;
-    }
-    Ok(())
+    api.put_many(&all)
 }
 
-/// Changes one instance after the other, tenths of a second at once.
+/// Changes one instance after the other, those of a tenth of a second at once.
 fn change_for(api: &Api, count: usize, seconds: u32) -> Result<()> {
     let clock = Stopwatch::start();
     for tenth in 0..seconds * 10 {
@@ -142,7 +134,7 @@ fn change_for(api: &Api, count: usize, seconds: u32) -> Result<()> {
             let number = usize::try_from(tenth * CHANGES / 10 + change).unwrap_or_default();
             instance(number % count, number % INSTANCES, tenth + 1)
         });
-        api.put("txn", &changes.collect::<Vec<_>>().into())?;
+        api.put_many(&changes.collect::<Vec<_>>())?;
     }
     Ok(())
 }
