@@ -76,7 +76,7 @@ fn read(upstream: &Upstream, datacenter: &str) -> Result<(SocketAddr, ServiceNam
         "" => IpAddr::V4(Ipv4Addr::LOCALHOST),
         text => text
             .parse()
-            .map_err(|_| format!("{text:?} is no IP address to listen at"))?,
+            .map_err(|_not_one| format!("{text:?} is no IP address to listen at"))?,
     };
     let service = upstream
         .destination_name

@@ -151,7 +151,7 @@ pub(super) async fn open(
 ) -> Result<Opened, NodeError> {
     let client = Client::new(consul.client.clone());
     let connecting = connect(&client);
-    let (ca, roots, agent) = while_waiting("waiting for Consul", connecting).await?;
+    let (ca, roots, agent) = while_waiting("waiting for Consul", Box::pin(connecting)).await?;
     let following = roots.run(around.shutdown.clone());
     around.shutdown.spawn_service("Consul's roots", following);
     tell_missing_rights(&client).await;
@@ -319,6 +319,15 @@ pub(super) async fn first(
     }
 }
 
+/// The explicit upstreams of this node.
+#[derive(Debug, Clone, Default)]
+pub(super) struct OpenUpstreams {
+    /// Where they are open, with their services.
+    pub(super) open: Vec<(SocketAddr, ServiceName)>,
+    /// Why others are not.
+    pub(super) problems: Vec<String>,
+}
+
 /// What is local changes, and what depends on it follows.
 #[derive(Debug)]
 pub(super) struct LocalFollower {
@@ -373,10 +382,14 @@ impl LocalFollower {
         self.failed = failed;
     }
 
-    /// Where explicit upstreams are open, with their services, and what could not be opened.
-    pub(super) fn upstreams(&self) -> (Vec<(SocketAddr, ServiceName)>, Vec<String>) {
+    /// What is open of them.
+    pub(super) fn upstreams(&self) -> OpenUpstreams {
         let open = self.listeners.list();
-        let open = open.map(|(address, service)| (address, service.clone()));
-        (open.collect(), self.failed.clone())
+        OpenUpstreams {
+            open: open
+                .map(|(address, service)| (address, service.clone()))
+                .collect(),
+            problems: self.failed.clone(),
+        }
     }
 }

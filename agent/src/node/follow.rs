@@ -172,7 +172,7 @@ impl Follower {
         let ports = targets.ports();
         self.tunnels.follow(&ports);
         let open = self.tunnels.addresses();
-        *node.tunnel_addresses.lock() = open.clone();
+        node.tunnel_addresses.lock().clone_from(&open);
         node.inbound.targets.store(Arc::new(targets));
         let Some(consul) = &node.consul else {
             return;

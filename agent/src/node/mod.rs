@@ -34,11 +34,14 @@ use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use tokio::signal::unix::{SignalKind, signal};
 
-use self::{authority::Authority, consul::ConsulParts};
+use self::{
+    authority::Authority,
+    consul::{ConsulParts, OpenUpstreams},
+};
 use crate::{
     admin::status::PredecessorStatus,
     catalog::{
-        model::{IntentionAction, NodeName, ServiceName, Snapshot},
+        model::{IntentionAction, NodeName, Snapshot},
         store::CatalogStore,
     },
     config::Config,
@@ -98,8 +101,8 @@ struct Node {
     authority: Authority,
     /// What it has of Consul, if that is the source.
     consul: Option<ConsulParts>,
-    /// Explicit upstreams that are open, and why others are not.
-    upstreams: Mutex<(Vec<(std::net::SocketAddr, ServiceName)>, Vec<String>)>,
+    /// Explicit upstreams, as last followed.
+    upstreams: Mutex<OpenUpstreams>,
     /// Whether another agent goes on in this one's place.
     replaced: Arc<AtomicBool>,
     certificates: Certificates,

@@ -47,7 +47,7 @@ impl Source {
     pub(super) async fn open(around: Surroundings<'_>) -> Result<Opened, NodeError> {
         let config = around.config;
         match &config.source {
-            SourceConfig::Consul(consul) => consul::open(consul, around).await,
+            SourceConfig::Consul(consul) => Box::pin(consul::open(consul, around)).await,
             SourceConfig::Files(files) => {
                 let directory = files.directory.clone();
                 let source = FileSource::new(directory, file_context(config, files));
@@ -91,19 +91,9 @@ impl Source {
     pub(super) fn watch(self, node: &Arc<Node>) {
         let (shutdown, inner) = (node.shutdown.clone(), Arc::clone(node));
         match self {
-            Self::Consul(mut snapshots) => {
-                node.shutdown.spawn_service("catalog", async move {
-                    while snapshots.changed().await.is_ok() {
-                        let Some(snapshot) = snapshots.borrow_and_update().clone() else {
-                            continue;
-                        };
-                        if inner.shutdown.is_draining() {
-                            inner.enforce(&snapshot);
-                        } else {
-                            *inner.catalog_problems.lock() = publish(&inner.catalog, snapshot);
-                        }
-                    }
-                });
+            Self::Consul(snapshots) => {
+                let following = follow_consul(inner, snapshots);
+                node.shutdown.spawn_service("catalog", following);
             }
             Self::Files(source, loaded) => {
                 let publish = move |loaded: &Loaded| {
@@ -117,6 +107,20 @@ impl Source {
                 node.shutdown
                     .spawn_service("file catalog", source.watch(loaded, shutdown, publish));
             }
+        }
+    }
+}
+
+async fn follow_consul(node: Arc<Node>, mut snapshots: Snapshots) {
+    while snapshots.changed().await.is_ok() {
+        let Some(snapshot) = snapshots.borrow_and_update().clone() else {
+            continue;
+        };
+        if node.shutdown.is_draining() {
+            // As with files.
+            node.enforce(&snapshot);
+        } else {
+            *node.catalog_problems.lock() = publish(&node.catalog, snapshot);
         }
     }
 }

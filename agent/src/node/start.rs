@@ -22,6 +22,7 @@ use super::{
 use crate::{
     admin::{AdminServer, Existing},
     catalog::{
+        consul::ConsulHandle,
         model::{IntentionAction, Snapshot},
         store::CatalogStore,
         vip::{VipAllocator, VipPools},
@@ -32,6 +33,7 @@ use crate::{
     handover::Inheritance,
     health::Health,
     identity::{
+        LocalDomain,
         ca::CaFiles,
         certificates::{Certificates, Jitter},
         clock::SystemClock,
@@ -92,33 +94,18 @@ pub(super) async fn start(
     let policy = Arc::new(PolicyStore::new(intentions(&config, &catalog)));
     let datapath = Arc::new(datapath(&config, &cgroups, inheritance.pin_lock)?);
     let connections = Connections::new(config.limits.max_connections);
-    let outbound = Arc::new(Outbound {
-        datapath: Arc::clone(&datapath),
+    let common = Common {
         catalog: Arc::clone(&catalog),
-        workloads: Arc::clone(&workloads),
-        freshness: consul.as_ref().map(|consul| consul.source.clone()),
         policy: Arc::clone(&policy),
         certificates: certificates.clone(),
-        balancer: Balancer::default(),
         connections: Arc::clone(&connections),
         telemetry: telemetry.clone(),
-        settings: ArcSwap::from_pointee(outbound_settings(&config)),
         local: local.clone(),
         shutdown: shutdown.clone(),
-    });
-    let inbound = Arc::new(Inbound {
-        catalog: Arc::clone(&catalog),
-        targets: ArcSwap::default(),
-        namespaces: ArcSwap::from_pointee(namespaces(&config.workloads)),
-        policy: Arc::clone(&policy),
-        certificates: certificates.clone(),
-        deliverer: Deliverer::default(),
-        connections: Arc::clone(&connections),
-        telemetry: telemetry.clone(),
-        settings: ArcSwap::from_pointee(inbound_settings(&config)),
-        local: local.clone(),
-        shutdown: shutdown.clone(),
-    });
+    };
+    let freshness = consul.as_ref().map(|consul| consul.source.clone());
+    let outbound = common.outbound(&config, Arc::clone(&datapath), workloads, freshness);
+    let inbound = common.inbound(&config);
     let tunnels = TunnelListeners::open(
         Arc::clone(&inbound),
         config.tunnel.listen,
@@ -165,6 +152,59 @@ pub(super) async fn start(
     serve_operators(&node, inheritance.takes_over).await?;
     node.sockets.close_unused();
     Ok(follower)
+}
+
+/// What both directions have.
+struct Common {
+    catalog: Arc<CatalogStore>,
+    policy: Arc<PolicyStore>,
+    certificates: Certificates,
+    connections: Arc<Connections>,
+    telemetry: Telemetry,
+    local: LocalDomain,
+    shutdown: Shutdown,
+}
+
+impl Common {
+    fn outbound(
+        &self,
+        config: &Config,
+        datapath: Arc<Datapath>,
+        workloads: Arc<WorkloadResolver>,
+        freshness: Option<ConsulHandle>,
+    ) -> Arc<Outbound> {
+        Arc::new(Outbound {
+            datapath,
+            catalog: Arc::clone(&self.catalog),
+            workloads,
+            freshness,
+            policy: Arc::clone(&self.policy),
+            certificates: self.certificates.clone(),
+            balancer: Balancer::default(),
+            connections: Arc::clone(&self.connections),
+            telemetry: self.telemetry.clone(),
+            settings: ArcSwap::from_pointee(outbound_settings(config)),
+            local: self.local.clone(),
+            shutdown: self.shutdown.clone(),
+        })
+    }
+
+    /// Without targets: those come with the first catalog that is applied.
+    fn inbound(&self, config: &Config) -> Arc<Inbound> {
+        Arc::new(Inbound {
+            catalog: Arc::clone(&self.catalog),
+            targets: ArcSwap::default(),
+            namespaces: ArcSwap::from_pointee(namespaces(&config.workloads)),
+            policy: Arc::clone(&self.policy),
+            certificates: self.certificates.clone(),
+            deliverer: Deliverer::default(),
+            connections: Arc::clone(&self.connections),
+            telemetry: self.telemetry.clone(),
+            settings: ArcSwap::from_pointee(inbound_settings(config)),
+            local: self.local.clone(),
+            shutdown: self.shutdown.clone(),
+        })
+    }
 }
 
 /// Fills the maps, takes connections and captures them, in the order that [`Datapath::load`] asks for.

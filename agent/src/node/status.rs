@@ -289,11 +289,16 @@ fn listeners(node: &Node) -> Vec<ListenerStatus> {
     let tunnels = tunnels
         .into_iter()
         .map(|a| listener("tunnel", a.to_string(), None));
-    let (upstreams, _failed) = node.upstreams.lock().clone();
-    let upstreams = upstreams.into_iter().map(|(address, service)| {
-        let address = format!("{address} for {service}");
-        listener("upstream", address, None)
-    });
+    let upstreams = node
+        .upstreams
+        .lock()
+        .open
+        .clone()
+        .into_iter()
+        .map(|(address, service)| {
+            let address = format!("{address} for {service}");
+            listener("upstream", address, None)
+        });
     let metrics = config
         .telemetry
         .metrics
@@ -346,7 +351,7 @@ fn since(then: SystemTime) -> u64 {
 fn problems(node: &Node) -> Vec<String> {
     let mut problems = node.catalog_problems.lock().clone();
     problems.extend(node.kernel_problem.lock().clone());
-    problems.extend(node.upstreams.lock().1.clone());
+    problems.extend(node.upstreams.lock().problems.clone());
     let (config, catalog) = (node.config.load(), node.catalog.current());
     let ranges = start::vip_pools(&config);
     problems.extend(away::problems(&config.away, &catalog, ranges));

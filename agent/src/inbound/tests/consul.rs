@@ -103,6 +103,8 @@ fn registrar(client: &Client, tunnels: u16, shutdown: &Shutdown) -> LocalService
             address: Ipv4Addr::LOCALHOST.into(),
             version: "1.2.3".to_owned(),
         },
+        datacenter: "dc1".to_owned(),
+        register: true,
         inbound_ports: tunnels..=tunnels,
         state_file: None,
         discovery: None,
