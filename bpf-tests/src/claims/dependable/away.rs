@@ -231,10 +231,17 @@ pub(super) fn a_reload_changes_the_policy(_size: Size) -> Result<Finding> {
         "policy = \"open\"",
         &format!("policy = \"fallback\"\nendpoint = \"{REAL}\""),
     );
+    // The status says what is configured; the log says when the kernel has it.
+    let reloads = |node: &Node| node.agent_said().matches("configuration reloaded").count();
+    let before = reloads(&mesh.lab.a);
     mesh.lab.a.reload_agent()?;
-    wait_for_value("the complaint to be gone", SOON, || {
-        Ok(web::problems(&mesh.lab.a)?.is_empty().then_some(()))
+    wait_for_value("the reload", SOON, || {
+        Ok((reloads(&mesh.lab.a) > before).then_some(()))
     })?;
+    ensure!(
+        web::problems(&mesh.lab.a)?.is_empty(),
+        "the complaint is still there"
+    );
     mesh.lab.a.kill_agent();
     let url = format!("http://{}/", vip(1, 80));
     let fallback = mesh.shop.curl(&url).output(SOON)?.stdout;
