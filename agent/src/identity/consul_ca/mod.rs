@@ -27,6 +27,8 @@ use crate::{
     consul::{
         Answer, Client, ConsulError, Event, Request, Watch, WatchSettings,
         answers::{AgentSelf, LeafCertificate, Roots},
+        judge::Content as _,
+        watch::WatchStatus,
     },
     lifecycle::Shutdown,
     telemetry::log::chain,
@@ -43,7 +45,9 @@ pub struct ConsulCa {
     trust_domain: TrustDomain,
     trust: watch::Sender<Trust>,
     clock: Arc<dyn Clock>,
-    problem: Mutex<Option<String>>,
+    watched: Arc<Mutex<WatchStatus>>,
+    /// Why the roots that Consul told last are not in force.
+    refused: Mutex<Option<String>>,
 }
 
 /// What follows the roots; to be run as long as the agent does.
@@ -99,6 +103,10 @@ impl ConsulCa {
         let mut roots = Watch::<Roots>::new(client.clone(), request, of_the_agent());
         let first = loop {
             match roots.next().await {
+                // A Consul that has just begun has none yet.
+                Event::Changed(Answer { body, .. }) if body.is_empty() => {
+                    tracing::warn!("waiting for Consul's CA to have a root");
+                }
                 Event::Changed(Answer { body, .. }) => break body,
                 Event::Doubtful(doubt) => {
                     tracing::warn!(%doubt, "waiting for the roots of Consul's CA");
@@ -125,7 +133,8 @@ impl ConsulCa {
                 issuer: 0,
             }),
             clock,
-            problem: Mutex::default(),
+            watched: roots.status(),
+            refused: Mutex::default(),
         });
         let follower = RootsFollower {
             ca: Arc::clone(&ca),
@@ -141,7 +150,8 @@ impl ConsulCa {
 
     /// Why the roots are not those that Consul has now; for operators.
     pub fn problem(&self) -> Option<String> {
-        self.problem.lock().clone()
+        let refused = self.refused.lock().clone();
+        refused.or_else(|| self.watched.lock().problem.clone())
     }
 
     async fn leaf(&self, identity: &SpiffeId) -> Result<Leaf, IssueError> {
@@ -185,11 +195,11 @@ impl ConsulCa {
     async fn other_leaf(&self, identity: &SpiffeId, in_use: &CertificateDer<'static>) {
         let request = leaf_of(&identity.service);
         let mut leaf = Watch::<LeafCertificate>::new(self.client.clone(), request, of_the_agent());
-        let mut is_failing = false;
+        let mut is_refused = false;
         loop {
             match leaf.next().await {
                 Event::Changed(answer) => {
-                    is_failing = false;
+                    is_refused = false;
                     let now = pem::certificates(&answer.body.certificate);
                     // One that does not parse is another one, and is told of when it is issued.
                     if now.ok().and_then(|chain| chain.into_iter().next()).as_ref() != Some(in_use)
@@ -197,17 +207,15 @@ impl ConsulCa {
                         return;
                     }
                 }
-                Event::Doubtful(_) => {}
-                Event::Failed(error) => {
-                    // It is asked again, with growing pauses.
-                    if !is_failing {
-                        tracing::warn!(
-                            %identity, error = %chain(&error),
-                            "renewals of the certificate are not heard of for now"
-                        );
-                    }
-                    is_failing = true;
+                // It is asked again, with growing pauses; that Consul is away is told by who follows the roots.
+                Event::Failed(error) if error.is_refused() && !is_refused => {
+                    is_refused = true;
+                    tracing::warn!(
+                        %identity, error = %chain(&error),
+                        "renewals of the certificate are not heard of for now"
+                    );
                 }
+                Event::Doubtful(_) | Event::Failed(_) => {}
             }
         }
     }
@@ -234,6 +242,7 @@ impl CertificateProvider for ConsulCa {
 impl RootsFollower {
     /// Brings every change of the roots to the certificates in use, until the agent ends.
     pub async fn run(mut self, shutdown: Shutdown) {
+        let mut told = None;
         loop {
             let event = tokio::select! {
                 biased;
@@ -241,18 +250,24 @@ impl RootsFollower {
                 event = self.roots.next() => event,
             };
             let problem = match event {
-                Event::Changed(answer) => self.ca.take(&answer.body).err(),
-                Event::Doubtful(doubt) => Some(doubt.to_string()),
-                Event::Failed(error) => Some(chain(&error).to_string()),
+                Event::Changed(answer) => {
+                    let refused = self.ca.take(&answer.body).err();
+                    if let Some(problem) = &refused {
+                        tracing::error!(
+                            problem,
+                            "roots of Consul's CA not taken over: those from before stay"
+                        );
+                    }
+                    *self.ca.refused.lock() = refused;
+                    continue;
+                }
+                Event::Doubtful(doubt) => doubt.to_string(),
+                Event::Failed(error) => chain(&error).to_string(),
             };
-            let before = std::mem::replace(&mut *self.ca.problem.lock(), problem.clone());
-            if let Some(problem) = problem
-                && before.as_ref() != Some(&problem)
-            {
-                tracing::error!(
-                    problem,
-                    "roots of Consul's CA not renewed: those from before stay"
-                );
+            // Once for each time that Consul is away.
+            let good_at = self.ca.watched.lock().good_at;
+            if told.replace(good_at) != Some(good_at) {
+                tracing::warn!(problem, "roots of Consul's CA not followed for now");
             }
         }
     }

@@ -1,6 +1,12 @@
 //! Consul's authority: the real one, and one that says what a test wants it to.
 
-use std::{collections::VecDeque, process::Command, time::SystemTime};
+use std::{
+    collections::VecDeque,
+    net::TcpListener,
+    path::Path,
+    process::{Child, Command, Stdio},
+    time::SystemTime,
+};
 
 use serde_json::json;
 use tempfile::tempdir;
@@ -12,7 +18,10 @@ use tokio::{
 
 use super::*;
 use crate::{
-    consul::{ClientSettings, ConsulAddress, answers, testing::RealConsul},
+    consul::{
+        ClientSettings, ConsulAddress, answers,
+        testing::{RealConsul, program},
+    },
     identity::{
         LocalDomain,
         certificates::{Certificates, Jitter},
@@ -305,4 +314,119 @@ async fn another_trust_domain_and_bad_roots_leave_all_as_it_was() {
 
     ca.take(&roots_of("example.org", &[&next, &root])).unwrap();
     assert_eq!(trusted(), [next.certificate(), root.certificate()]);
+}
+
+/// A Consul server whose data outlives it.
+struct Persistent {
+    child: Child,
+    port: u16,
+    directory: tempfile::TempDir,
+}
+
+impl Drop for Persistent {
+    fn drop(&mut self) {
+        let _ended = self.child.kill();
+        let _reaped = self.child.wait();
+    }
+}
+
+impl Persistent {
+    async fn start() -> Option<Self> {
+        let program = program()?;
+        let directory = tempdir().unwrap();
+        let held: [_; 5] = std::array::from_fn(|_| TcpListener::bind("127.0.0.1:0").unwrap());
+        let [http, server, lan, wan, grpc] =
+            held.each_ref().map(|l| l.local_addr().unwrap().port());
+        drop(held);
+        let config = json!({
+            "server": true, "bootstrap_expect": 1, "bind_addr": "127.0.0.1", "connect": {"enabled": true},
+            "data_dir": directory.path().join("data"), "performance": {"raft_multiplier": 1},
+            "ports": {"http": http, "server": server, "serf_lan": lan, "serf_wan": wan, "grpc": grpc, "dns": -1},
+        });
+        std::fs::write(directory.path().join("consul.json"), config.to_string()).unwrap();
+        let consul = Self {
+            child: Self::spawn(&program, directory.path()),
+            port: http,
+            directory,
+        };
+        consul.is_up().await;
+        Some(consul)
+    }
+
+    fn spawn(program: &Path, directory: &Path) -> Child {
+        Command::new(program)
+            .args(["agent", "-config-file", "consul.json"])
+            .current_dir(directory)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap()
+    }
+
+    /// Kills it and starts it again with what it has on disk.
+    async fn restart(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        self.child = Self::spawn(&program().unwrap(), self.directory.path());
+        self.is_up().await;
+    }
+
+    async fn is_up(&self) {
+        let request = Request::to(&["v1", "agent", "connect", "ca", "roots"]);
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while self.client().get::<Roots>(&request).await.is_err() {
+            assert!(Instant::now() < deadline, "Consul does not come up");
+            sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    fn client(&self) -> Client {
+        Client::new(ClientSettings::anonymous(ConsulAddress::Http {
+            host: "127.0.0.1".to_owned(),
+            port: self.port,
+        }))
+    }
+}
+
+#[tokio::test]
+async fn a_restarted_agent_of_consul_makes_another_leaf_which_is_taken() {
+    let Some(mut consul) = Persistent::start().await else {
+        println!("skipped: no program `consul`");
+        return;
+    };
+    let (ca, follower) = connect(consul.client()).await;
+    let shutdown = Shutdown::default();
+    let certificates = certificates_of(&ca, follower, &shutdown);
+    let local = LocalDomain::new(ca.trust_domain().clone(), "dc1".to_owned());
+    let db = local.identity_of(&"db".parse().unwrap());
+    let before = certificates.for_identity(&db).await.unwrap();
+    // Until the renewal is listened for.
+    sleep(Duration::from_secs(2)).await;
+
+    consul.restart().await;
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let now = certificates.for_identity(&db).await.unwrap();
+        if now.leaf() != before.leaf() {
+            assert_eq!(now.bundle().certificates(), before.bundle().certificates());
+            break;
+        }
+        assert!(Instant::now() < deadline, "no other leaf");
+        sleep(Duration::from_millis(50)).await;
+    }
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while let Some(problem) = ca.problem() {
+        assert!(Instant::now() < deadline, "{problem}");
+        sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_consul_that_has_no_root_yet_is_waited_for() {
+    let root = TestCa::root("root");
+    let shutdown = Shutdown::default();
+    let answers = [roots_json("", &[]), roots_json("example.org", &[&root])];
+    let consul = Scripted::new(&answers, &shutdown);
+    let (ca, _follower) = connect(consul.client()).await;
+    assert_eq!(ca.trust_domain().as_str(), "example.org");
 }
