@@ -14,7 +14,7 @@ pub mod ports;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     ops::RangeInclusive,
     path::PathBuf,
     sync::Arc,
@@ -123,8 +123,21 @@ pub struct RegistrarStatus {
     pub discovered: Vec<(PathBuf, ServiceName)>,
     /// Ids of the instances that are reached through this node, and their ports.
     pub registered: Vec<(InstanceId, u16)>,
+    /// Who listens for a service and is not taken for it, and why, each as a sentence.
+    pub refused: BTreeSet<String>,
     /// What is wrong, each as a sentence.
     pub problems: BTreeSet<String>,
+}
+
+/// Where an instance runs, as far as its registration and the rules tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// On this host, in its own network namespace.
+    Host,
+    /// In a network namespace that a rule names.
+    Namespace,
+    /// At an address that is not this host's: a container's, or that of something outside which is registered here.
+    Elsewhere,
 }
 
 /// The other side of a [`Registrar`].
@@ -355,6 +368,7 @@ impl Registrar {
         let node = self.settings.node.address;
         let registered: Vec<_> = services
             .iter()
+            .filter(|service| self.place_of(service) == Place::Host)
             .map(|service| RegisteredService {
                 instance: service.instance.clone(),
                 service: service.service.clone(),
@@ -362,9 +376,11 @@ impl Registrar {
             })
             .collect();
         let located = locate(&registered, &listeners);
-        let here = |instance: &InstanceId| registered.iter().any(|r| r.instance == *instance);
-        self.known.local.retain(|instance, _| here(instance));
-        self.known.found.retain(here);
+        let here = |instance: &InstanceId| registered.iter().find(|r| r.instance == *instance);
+        self.known.local.retain(|instance, local| {
+            here(instance).is_some_and(|now| now.address.port() == local.port())
+        });
+        self.known.found.retain(|instance| here(instance).is_some());
         for (instance, Located { local, .. }) in &located {
             self.known.local.insert(instance.clone(), *local);
         }
@@ -379,7 +395,11 @@ impl Registrar {
             let is_named = |service| self.workloads.rules_name(service);
             !refusal.services().into_iter().all(is_named)
         });
-        problems.extend(open.map(ToString::to_string));
+        let open = open.map(ToString::to_string).collect();
+        let refused = std::mem::replace(&mut self.status.lock().refused, open);
+        for problem in self.status.lock().refused.difference(&refused) {
+            tracing::warn!(problem, "workload not found");
+        }
         for service in &registered {
             let cgroups = located.get(&service.instance).map(|l| &l.cgroups);
             let is_assigned = |cgroup| {
@@ -432,16 +452,38 @@ impl Registrar {
         problems.extend(missing.iter().map(|problem| chain(problem).to_string()));
         let instance = |service: LocalService| {
             let port = *ports.get(&service.instance)?;
-            // As Consul's `LocalServiceAddress`, if nobody says otherwise.
-            let unknown = SocketAddr::from((Ipv4Addr::LOCALHOST, service.port));
-            let local = self.known.local.get(&service.instance);
-            let instance =
-                self.settings
-                    .node
-                    .instance(&service, port, local.copied().unwrap_or(unknown));
+            let local = self.local_address(&service);
+            let instance = self.settings.node.instance(&service, port, local);
             Some((service.service, Arc::new(instance)))
         };
         services.into_iter().filter_map(instance).collect()
+    }
+
+    /// Where to deliver to: where its socket is, or else where a sidecar would look (Consul's `LocalServiceAddress`).
+    fn local_address(&self, service: &LocalService) -> SocketAddr {
+        if let Some(found) = self.known.local.get(&service.instance) {
+            return *found;
+        }
+        let ip = match (service.address, self.place_of(service)) {
+            (Some(address), Place::Elsewhere) => address,
+            (_, Place::Host | Place::Namespace | Place::Elsewhere) => Ipv4Addr::LOCALHOST.into(),
+        };
+        SocketAddr::new(ip, service.port)
+    }
+
+    fn place_of(&self, service: &LocalService) -> Place {
+        let in_namespaces = self.workloads.namespaces();
+        if in_namespaces
+            .iter()
+            .any(|(_, named)| *named == service.service)
+        {
+            return Place::Namespace;
+        }
+        let node = self.settings.node.address;
+        match service.address {
+            Some(address) if address != node && !is_of_this_host(address) => Place::Elsewhere,
+            Some(_) | None => Place::Host,
+        }
     }
 
     async fn carry_out(&mut self, plan: Plan, problems: &mut BTreeSet<String>) {
@@ -541,6 +583,23 @@ impl Registrar {
             .map(|assignment| (assignment.path.clone(), assignment.service.clone()))
             .collect();
     }
+}
+
+/// Whether `address` is one of this host's: what goes there comes from there. Nothing is sent.
+fn is_of_this_host(address: IpAddr) -> bool {
+    if address.is_loopback() {
+        return true;
+    }
+    let any: IpAddr = match address {
+        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let source = UdpSocket::bind((any, 0)).and_then(|socket| {
+        // Any port will do.
+        socket.connect((address, 9))?;
+        socket.local_addr()
+    });
+    source.is_ok_and(|source| source.ip() == address)
 }
 
 /// What the problems of registering and deregistering begin with.

@@ -34,7 +34,7 @@ struct Setup {
     rules: Vec<WorkloadConfig>,
     discovery: Option<Bounds>,
     cgroups: Box<dyn CgroupPaths>,
-    port: u16,
+    ports: RangeInclusive<u16>,
     is_replaced: bool,
 }
 
@@ -49,7 +49,7 @@ impl Setup {
             rules: services.iter().map(rule).collect(),
             discovery: None,
             cgroups: Box::new(|_: CgroupId| None),
-            port,
+            ports: port..=port,
             is_replaced: false,
         }
     }
@@ -74,7 +74,7 @@ impl Setup {
             node: node(),
             datacenter: "dc1".to_owned(),
             register: true,
-            inbound_ports: self.port..=self.port,
+            inbound_ports: self.ports,
             state_file: None,
             discovery: self.discovery,
         };
@@ -462,12 +462,12 @@ async fn the_process_that_listens_for_a_service_is_the_service() {
         scene.workloads.resolve(&captured(id)).is_err()
     })
     .await;
-    let problems = scene.local.status().problems;
+    let refused = scene.local.status().refused;
     assert!(
-        problems
+        refused
             .iter()
-            .any(|problem| problem.contains("several services (admin, web)")),
-        "{problems:?}"
+            .any(|why| why.contains("several services (admin, web)")),
+        "{refused:?}"
     );
     deregister(&client, "admin-1").await;
     wait_for("clear again", || {
@@ -513,4 +513,60 @@ async fn a_restarted_agent_knows_what_to_listen_for_before_it_begins_and_deregis
         instances,
         "what was known stays"
     );
+}
+
+#[tokio::test]
+async fn a_socket_of_this_host_says_nothing_of_instances_that_are_elsewhere() {
+    let Some(consul) = RealConsul::start(json!({})).await else {
+        return;
+    };
+    let client = consul.client();
+    // Takes what comes for any address of this host.
+    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let mut setup = Setup::with_rules(&["here", "outside"], 21_500);
+    setup.rules.push(WorkloadConfig {
+        service: "inside".parse().unwrap(),
+        rule: WorkloadRule::Netns("/run/netns/inside".into()),
+        instance: None,
+    });
+    setup.ports = 21_500..=21_502;
+    for (service, address) in [
+        ("here", "127.0.0.5"),
+        ("outside", "192.0.2.77"),
+        ("inside", ""),
+    ] {
+        let registration = json!({"Name": service, "Port": port, "Address": address});
+        register(&client, &registration).await;
+    }
+    let (mut registrar, local) = setup.registrar(client);
+    assert!(registrar.prepare().await);
+    let instances = local.instances().borrow().clone();
+    let delivered = instances
+        .iter()
+        .map(|(service, instance)| (service.to_string(), instance.local.to_string()));
+    let expected = [
+        ("here", "127.0.0.5"),
+        ("inside", "127.0.0.1"),
+        ("outside", "192.0.2.77"),
+    ]
+    .map(|(service, ip)| (service.to_owned(), format!("{ip}:{port}")));
+    assert_eq!(delivered.collect::<Vec<_>>(), expected);
+}
+
+#[test]
+fn addresses_of_this_host_are_told_from_others() {
+    for (address, expected) in [
+        ("127.0.0.1", true),
+        ("127.9.9.9", true),
+        ("::1", true),
+        ("192.0.2.77", false),
+        ("2001:db8::77", false),
+    ] {
+        assert_eq!(
+            is_of_this_host(address.parse().unwrap()),
+            expected,
+            "{address}"
+        );
+    }
 }

@@ -67,6 +67,7 @@ pub fn local_services(present: &AgentServices) -> (Vec<LocalService>, Vec<String
 
 fn local_service(instance: InstanceId, service: ServiceName, entry: &ServiceEntry) -> LocalService {
     let weight = |weight: i64| u32::try_from(weight).unwrap_or(0);
+    let address: Option<IpAddr> = entry.address.parse().ok();
     let weights = entry.weights.map(|weights| Weights {
         passing: weight(weights.passing),
         warning: weight(weights.warning),
@@ -74,7 +75,7 @@ fn local_service(instance: InstanceId, service: ServiceName, entry: &ServiceEntr
     LocalService {
         instance,
         service,
-        address: entry.address.parse().ok(),
+        address: address.filter(|address| !address.is_unspecified()),
         port: entry.port,
         tags: entry.tags.clone(),
         meta: entry.meta.clone(),

@@ -78,6 +78,7 @@ fn only_instances_that_can_be_reached_through_the_node_are_local() {
     let present = agent(&[
         web(),
         json!({"ID": "db-1", "Service": "db", "Port": 5432, "Address": "2001:db8::5"}),
+        json!({"ID": "everywhere", "Service": "everywhere", "Port": 2, "Address": "0.0.0.0"}),
         json!({"ID": "named", "Service": "named", "Port": 1, "Address": "db.example"}),
         json!({"ID": "portless", "Service": "portless", "Port": 0}),
         json!({"ID": "web-1-sidecar-proxy", "Kind": "connect-proxy", "Service": "web-sidecar-proxy", "Port": 21000}),
@@ -100,6 +101,7 @@ fn only_instances_that_can_be_reached_through_the_node_are_local() {
     let expected = [
         ("_nomad/task 1", 1, None),
         ("db-1", 5432, Some("2001:db8::5".to_owned())),
+        ("everywhere", 2, None),
         ("named", 1, None),
         ("web-1", 8080, None),
     ];
