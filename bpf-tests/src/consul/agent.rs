@@ -138,6 +138,11 @@ impl Agent {
                 bail!("{name} has not joined: {nodes}");
             }
         }
-        self.api.active_root().map(drop)
+        self.api.active_root()?;
+        if self.api.has_token() {
+            // A new cluster begins with what ACLs were before 1.4, and refuses policies.
+            self.api.get("acl/policies")?;
+        }
+        Ok(())
     }
 }

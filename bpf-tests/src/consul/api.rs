@@ -110,6 +110,11 @@ impl Api {
         self
     }
 
+    /// Whether it is the API of a token's owner.
+    pub(super) fn has_token(&self) -> bool {
+        self.token.is_some()
+    }
+
     /// Asks, whatever the answer's status.
     ///
     /// # Errors

@@ -208,7 +208,12 @@ impl ConsulMesh {
 
     /// What the agents said, for the reader of a failure.
     pub fn said(&self) -> String {
-        let said = |node: &Node| format!("agent of node {}:\n{}", node.name(), node.agent_said());
+        let said = |node: &Node| {
+            let log = node.access_log();
+            let last = log.get(log.len().saturating_sub(3)..).unwrap_or_default();
+            let (name, said) = (node.name(), node.agent_said());
+            format!("agent of node {name}:\n{said}{}\n", last.join("\n"))
+        };
         format!("{}\n{}", said(&self.lab.a), said(&self.lab.b))
     }
 }
