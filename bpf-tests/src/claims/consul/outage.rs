@@ -86,7 +86,7 @@ pub(super) fn a_lost_token_takes_nothing_away(size: Size) -> Result<Finding> {
     for node in [&mesh.lab.a, &mesh.lab.b] {
         said = wait_for_value("the lost rights to be reported", FOLLOWED, || {
             let status = node.status()?;
-            let problem = status.pointer("/catalog/problems/0");
+            let problem = status.pointer("/consul/problems/0");
             Ok(problem.and_then(Value::as_str).map(str::to_owned))
         })?;
     }
