@@ -32,7 +32,7 @@ use crate::{
         vip::{VipAllocator, VipPools},
     },
     config::{self, WorkloadConfig, WorkloadRule},
-    datapath::{Captured, Refused, cgroup},
+    datapath::{Captured, Refused, cgroup, iptables::conntrack},
     identity::{
         LocalDomain,
         provider::TrustBundle,
@@ -491,9 +491,10 @@ pub fn server_name(bytes: &[u8]) {
     }
 }
 
-/// What the kernel answers about sockets: read or refused, whatever its lengths say.
+/// What the kernel answers about sockets and connections: read or refused, whatever its lengths say.
 pub fn sock_diag(bytes: &[u8]) {
     crate::sock_diag::wire::read_any(bytes);
+    conntrack::read_any(bytes);
 }
 
 /// The URI of a certificate: an id that parses prints as one that parses to the same.

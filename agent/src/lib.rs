@@ -20,6 +20,7 @@ pub mod telemetry;
 pub mod admin;
 pub mod accept;
 pub mod sockets;
+pub mod netlink;
 pub mod sock_diag;
 mod state_file;
 pub mod socket_file;

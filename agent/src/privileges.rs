@@ -5,18 +5,30 @@ use std::io;
 use caps::{CapSet, Capability, CapsHashSet};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
+use crate::config::CaptureMode;
+
 /// What a running agent still does with privilege, and nothing else:
-/// map updates and program replacement (`BPF`, `NET_ADMIN`), entering workloads' network namespaces
+/// map updates and program replacement, or rules and routes (`NET_ADMIN`), entering workloads' network namespaces
 /// (`SYS_ADMIN`), reading cgroup ids by handle (`DAC_READ_SEARCH`), opening namespace files of other users
 /// (`SYS_PTRACE`), and tunnel ports below 1024 that a catalog may declare (`NET_BIND_SERVICE`).
-const KEPT: [Capability; 6] = [
-    Capability::CAP_BPF,
+const KEPT: [Capability; 5] = [
     Capability::CAP_NET_ADMIN,
     Capability::CAP_SYS_ADMIN,
     Capability::CAP_DAC_READ_SEARCH,
     Capability::CAP_SYS_PTRACE,
     Capability::CAP_NET_BIND_SERVICE,
 ];
+
+/// And this: `bpf(2)`, or the raw socket by which iptables asks the kernel for its extensions.
+fn kept(mode: CaptureMode) -> CapsHashSet {
+    let of_mode = match mode {
+        CaptureMode::Ebpf => Capability::CAP_BPF,
+        CaptureMode::Iptables | CaptureMode::IptablesNft | CaptureMode::IptablesLegacy => {
+            Capability::CAP_NET_RAW
+        }
+    };
+    KEPT.into_iter().chain([of_mode]).collect()
+}
 
 /// Privileges could not be changed.
 #[derive(Debug, thiserror::Error)]
@@ -67,15 +79,15 @@ pub fn raise_open_files() -> Result<u64, PrivilegeError> {
     Ok(to)
 }
 
-/// Gives up every capability outside [`KEPT`], for good: also from the bounding set.
+/// Gives up every capability that `mode` does not need, for good: also from the bounding set.
 ///
 /// Capabilities belong to a thread; call this before other threads exist.
 ///
 /// # Errors
 /// If the kernel refuses.
-pub fn drop_unneeded() -> Result<(), PrivilegeError> {
+pub fn drop_unneeded(mode: CaptureMode) -> Result<(), PrivilegeError> {
     let failed = |set| move |source| PrivilegeError::Capabilities { set, source };
-    let kept: CapsHashSet = KEPT.into_iter().collect();
+    let kept = kept(mode);
     for capability in caps::all() {
         if !kept.contains(&capability)
             && caps::has_cap(None, CapSet::Bounding, capability)
@@ -107,16 +119,20 @@ mod tests {
 
     #[test]
     fn only_needed_capabilities_are_left() {
-        // On a thread of its own: capabilities are per thread, and other tests need theirs.
-        let after =
-            std::thread::spawn(|| drop_unneeded().map(|()| caps::read(None, CapSet::Permitted)));
         if !caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP).unwrap() {
             return; // Without privilege there is nothing to give up.
         }
-        let left = after.join().unwrap().unwrap().unwrap();
-        assert!(
-            left.iter().all(|capability| KEPT.contains(capability)),
-            "{left:?}"
-        );
+        for (mode, other) in [
+            (CaptureMode::Ebpf, Capability::CAP_NET_RAW),
+            (CaptureMode::Iptables, Capability::CAP_BPF),
+        ] {
+            // On a thread of its own: capabilities are per thread, and other tests need theirs.
+            let after = std::thread::spawn(move || {
+                drop_unneeded(mode).map(|()| caps::read(None, CapSet::Permitted))
+            });
+            let left = after.join().unwrap().unwrap().unwrap();
+            assert!(left.is_subset(&kept(mode)), "{left:?}");
+            assert!(!left.contains(&other), "{left:?}");
+        }
     }
 }

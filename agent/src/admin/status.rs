@@ -36,6 +36,8 @@ pub struct Status {
     pub predecessor: Option<PredecessorStatus>,
     /// The kernel's release.
     pub kernel: String,
+    /// By what connections are captured: `ebpf`, `iptables-nft` or `iptables-legacy`.
+    pub capture_mode: String,
     /// The programs it holds attached.
     pub attachments: Vec<AttachmentStatus>,
     /// Whether connects are captured, found out by doing.

@@ -59,6 +59,7 @@ fn scope(config: &Config) -> Scope {
         config.telemetry.metrics,
     ];
     Scope {
+        iptables: node::iptables_choice(config.capture.mode),
         cgroups: config.capture.cgroups.clone(),
         agent_cgroup: config.agent.cgroup.clone(),
         pin_directory: config.capture.pin_directory.clone(),

@@ -43,7 +43,7 @@ pub(super) fn run(args: &RunArgs) -> ExitCode {
         Err(error) => tracing::warn!(error = %log::chain(&error), "limit of open files not raised"),
     }
     // Before other threads exist: they inherit what is left.
-    if let Err(error) = privileges::drop_unneeded() {
+    if let Err(error) = privileges::drop_unneeded(config.capture.mode) {
         tracing::warn!(error = %log::chain(&error), "capabilities not dropped");
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread()

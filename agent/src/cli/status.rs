@@ -75,12 +75,13 @@ fn render(status: &Status) -> String {
 
 fn summary(status: &Status) -> String {
     let mut text = format!(
-        "sidestep {} on node {}, up {}{}\nkernel {}\n",
+        "sidestep {} on node {}, up {}{}\nkernel {}, captures by {}\n",
         status.version,
         status.node,
         span(status.uptime_seconds),
         if status.draining { ", draining" } else { "" },
         status.kernel,
+        status.capture_mode,
     );
     for effect in &status.effects {
         if let Some(problem) = &effect.problem {

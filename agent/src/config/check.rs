@@ -10,10 +10,10 @@ use std::{
 use sidestep_abi::MAX_FALLBACKS;
 
 use super::{
-    AccessLog, AdminConfig, AgentConfig, AwayPolicy, CaConfig, CaptureConfig, CatalogConfig,
-    Config, ConfigError, ConfigProblem, FilesConfig, IdentityConfig, LimitsConfig, LogFormat,
-    NodeConfig, SourceConfig, TelemetryConfig, TunnelConfig, WorkloadConfig, WorkloadRule,
-    merge::Merged, raw,
+    AccessLog, AdminConfig, AgentConfig, AwayPolicy, CaConfig, CaptureConfig, CaptureMode,
+    CatalogConfig, Config, ConfigError, ConfigProblem, FilesConfig, IdentityConfig, LimitsConfig,
+    LogFormat, NodeConfig, SourceConfig, TelemetryConfig, TunnelConfig, WorkloadConfig,
+    WorkloadRule, merge::Merged, raw,
 };
 use crate::{
     catalog::model::{IntentionAction, NodeName, ServiceName},
@@ -51,9 +51,11 @@ impl Checker<'_> {
 
     /// A cgroup as `/proc/PID/cgroup` shows it: absolute below the mount, without `..`.
     fn cgroup(&mut self, key: &str, path: &Path) {
+        // A name with a line feed would be two lines of an iptables rule.
         let plain = path
             .components()
-            .all(|c| matches!(c, Component::RootDir | Component::Normal(_)));
+            .all(|c| matches!(c, Component::RootDir | Component::Normal(_)))
+            && !path.to_string_lossy().contains(char::is_control);
         self.expect(path.is_absolute() && plain, key, || {
             format!(
                 "{:?}: expected a cgroup's path below the cgroup2 mount, like \"/system.slice/web.service\"",
@@ -243,7 +245,8 @@ fn capture(c: &mut Checker<'_>, raw: raw::Capture) -> CaptureConfig {
             format!("{:?}: given twice", cgroup.display())
         });
     }
-    c.expect(raw.port != 0, "capture.port", || {
+    let port = raw.port.unwrap_or_else(|| raw::capture_port(raw.mode));
+    c.expect(port != 0, "capture.port", || {
         "0: expected a port from 1 to 65535".to_owned()
     });
     let v4 = raw.ipv4_range;
@@ -283,9 +286,20 @@ fn capture(c: &mut Checker<'_>, raw: raw::Capture) -> CaptureConfig {
             )
         });
     }
+    let has_programs = raw.mode == CaptureMode::Ebpf;
+    for (key, value) in [
+        ("capture.debug", raw.debug),
+        ("capture.so_original_dst", raw.so_original_dst),
+    ] {
+        c.expect(has_programs || !value, key, || {
+            "true: expected false, for only with capture.mode = \"ebpf\" are there programs that could do it"
+                .to_owned()
+        });
+    }
     CaptureConfig {
+        mode: raw.mode,
         cgroups: raw.cgroups,
-        port: raw.port,
+        port,
         ipv4_range: v4.trunc(),
         ipv6_range: v6.trunc(),
         max_vips: raw.max_vips,
@@ -383,6 +397,11 @@ fn away(
                 continue;
             }
         };
+        c.expect(
+            policy == AwayPolicy::Closed || capture.mode == CaptureMode::Ebpf,
+            &format!("{key}.policy"),
+            || "expected \"closed\": the others take capture.mode = \"ebpf\"".to_owned(),
+        );
         let service = entry.service.clone();
         if policies.insert(entry.service, policy).is_some() {
             c.problem(

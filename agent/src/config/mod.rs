@@ -35,6 +35,11 @@ pub const DEFAULT_PATH: &str = "/etc/sidestep/sidestep.toml";
 /// Where links and maps are kept unless told otherwise.
 pub const DEFAULT_PIN_DIRECTORY: &str = "/sys/fs/bpf/sidestep";
 
+/// The ranges of virtual addresses unless told otherwise.
+pub fn default_ranges() -> (Ipv4Net, Ipv6Net) {
+    (raw::ipv4_range(), raw::ipv6_range())
+}
+
 /// Everything that an operator decides.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -81,6 +86,8 @@ pub struct AgentConfig {
 /// `[capture]`: whose connections are captured, and how.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CaptureConfig {
+    /// `mode`: by what the kernel captures.
+    pub mode: CaptureMode,
     /// `cgroups`, relative to the cgroup2 mount: every process below one of these is captured.
     pub cgroups: Vec<PathBuf>,
     /// `port` of the capture listener on loopback, in each network namespace.
@@ -101,6 +108,21 @@ pub struct CaptureConfig {
     pub hung_after: Option<Duration>,
     /// `debug`: let the eBPF programs log every decision.
     pub debug: bool,
+}
+
+/// By what connections are captured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CaptureMode {
+    /// eBPF programs.
+    #[default]
+    Ebpf,
+    /// iptables rules, of the implementation that the host uses.
+    Iptables,
+    /// iptables rules by way of nftables.
+    IptablesNft,
+    /// iptables rules in the older tables.
+    IptablesLegacy,
 }
 
 /// `[catalog]`, whatever its source is.

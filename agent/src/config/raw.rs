@@ -78,10 +78,12 @@ pub(super) struct Agent {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Capture {
+    #[serde(default)]
+    pub(super) mode: super::CaptureMode,
     #[serde(deserialize_with = "paths")]
     pub(super) cgroups: Vec<PathBuf>,
-    #[serde(default = "capture_port", deserialize_with = "port")]
-    pub(super) port: u16,
+    #[serde(default, deserialize_with = "some_port")]
+    pub(super) port: Option<u16>,
     #[serde(default = "ipv4_range", deserialize_with = "ipv4_network")]
     pub(super) ipv4_range: Ipv4Net,
     #[serde(default = "ipv6_range", deserialize_with = "ipv6_network")]
@@ -100,18 +102,24 @@ pub(super) struct Capture {
     pub(super) debug: bool,
 }
 
-/// The port that Istio and Consul chose for the same purpose.
-fn capture_port() -> u16 {
-    15_001
+/// The port that Istio and Consul chose for the same purpose; to rules, which know the listener by its port alone, one
+/// that only root may take, and nobody has (IANA's list).
+pub(super) fn capture_port(mode: super::CaptureMode) -> u16 {
+    match mode {
+        super::CaptureMode::Ebpf => 15_001,
+        super::CaptureMode::Iptables
+        | super::CaptureMode::IptablesNft
+        | super::CaptureMode::IptablesLegacy => 301,
+    }
 }
 
 /// Class E: routed by Linux, used by nobody, and what Consul takes its virtual addresses from.
-fn ipv4_range() -> Ipv4Net {
+pub(super) fn ipv4_range() -> Ipv4Net {
     Ipv4Net::new_assert(std::net::Ipv4Addr::new(240, 0, 0, 0), 4)
 }
 
 /// A unique local prefix (RFC 4193) with a random global id.
-fn ipv6_range() -> Ipv6Net {
+pub(super) fn ipv6_range() -> Ipv6Net {
     Ipv6Net::new_assert(
         std::net::Ipv6Addr::new(0xfd6b, 0x9c41, 0x7e52, 0, 0, 0, 0, 0),
         64,
@@ -453,6 +461,10 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for List<T> {
         }
         Ok(list)
     }
+}
+
+fn some_port<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u16>, D::Error> {
+    port(from).map(Some)
 }
 
 fn port<'de, D: Deserializer<'de>>(from: D) -> Result<u16, D::Error> {

@@ -56,6 +56,17 @@ fn defaults_fill_the_least_configuration() {
 }
 
 #[test]
+fn rules_lead_to_a_port_that_only_root_may_take_unless_told_otherwise() {
+    let by_rules = LEAST.replace("[capture]", "[capture]\nmode = \"iptables\"");
+    for (text, port) in [
+        (by_rules.clone(), 301),
+        (by_rules.replace("mode =", "port = 4000\nmode ="), 4000),
+    ] {
+        assert_eq!(read_text(&text).unwrap().capture.port, port);
+    }
+}
+
+#[test]
 fn the_shipped_example_is_valid() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/sidestep.toml");
     load(&path).unwrap();
@@ -152,7 +163,23 @@ fn a_value_that_cannot_be_used_is_named_with_what_was_expected() {
             "[capture]\ncgroups = [\"a/../b\"]",
             "capture.cgroups[0]: \"a/../b\": expected a cgroup's path",
         ),
+        (
+            "[capture]\ncgroups = [\"/a\\nb\"]",
+            "capture.cgroups[0]: \"/a\\nb\": expected a cgroup's path",
+        ),
         ("[capture]\nport = 0", "capture.port: 0: expected a port"),
+        (
+            "[capture]\nmode = \"nftables\"",
+            "capture.mode: unknown variant `nftables`, expected one of `ebpf`",
+        ),
+        (
+            "[capture]\nmode = \"iptables\"\ndebug = true",
+            "capture.debug: true: expected false",
+        ),
+        (
+            "[capture]\nmode = \"iptables-nft\"\nso_original_dst = true",
+            "capture.so_original_dst: true: expected false",
+        ),
         (
             "[node]\ndatacenter = \"d/c 1\"",
             "node.datacenter: \"d/c 1\": expected 1 to 63",

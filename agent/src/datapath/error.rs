@@ -76,6 +76,9 @@ pub enum DatapathError {
     /// The pins could not be used.
     #[error(transparent)]
     Pins(#[from] super::pins::PinError),
+    /// Capture by iptables failed.
+    #[error(transparent)]
+    Iptables(#[from] super::iptables::IptablesError),
     /// No version 2 control groups.
     #[error(transparent)]
     NoCgroup2(#[from] super::cgroup::CgroupError),
@@ -120,6 +123,11 @@ pub enum DatapathError {
 }
 
 impl DatapathError {
+    /// Whether it says something of a caller, and not of the agent or the kernel.
+    pub fn is_of_caller(&self) -> bool {
+        matches!(self, Self::Iptables(error) if error.is_of_caller())
+    }
+
     pub(super) fn map(map: &'static str, operation: MapOperation, source: io::Error) -> Self {
         Self::Map {
             map,

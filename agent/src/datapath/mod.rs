@@ -7,11 +7,13 @@
 
 pub mod bpf;
 pub mod cgroup;
+pub mod iptables;
 pub mod listener;
 pub mod netns;
 pub mod pins;
 pub mod probe;
 
+mod backend;
 mod error;
 mod events;
 mod heartbeat;
@@ -22,6 +24,7 @@ mod reconcile;
 mod types;
 
 pub use crate::config::AwayPolicy;
+pub use backend::Backend;
 pub use error::{DatapathError, MapOperation};
 pub use events::{Refused, RefusedEvents};
 pub use heartbeat::HEARTBEAT_PERIOD;

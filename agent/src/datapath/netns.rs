@@ -74,6 +74,17 @@ impl Netns {
         Self::open(Path::new("/proc/self/ns/net"))
     }
 
+    /// Holds it a second time.
+    ///
+    /// # Errors
+    /// If the process may open no more files.
+    pub fn try_clone(&self) -> Result<Self, NetnsError> {
+        Ok(Self {
+            path: self.path.clone(),
+            file: self.file.try_clone().map_err(self.fails("hold"))?,
+        })
+    }
+
     /// Device and inode: tells whether two files mean one namespace.
     ///
     /// # Errors
@@ -119,11 +130,7 @@ impl Netns {
         name: &str,
         work: impl FnOnce() + Send + 'static,
     ) -> Result<(), NetnsError> {
-        let file = self.file.try_clone().map_err(self.fails("hold"))?;
-        let netns = Self {
-            path: self.path.clone(),
-            file,
-        };
+        let netns = self.try_clone()?;
         let inside = move || match netns.enter() {
             Ok(()) => work(),
             Err(error) => {

@@ -180,6 +180,17 @@ impl PinDirectory {
         entries(&self.path.join("links"))
     }
 
+    /// Detaches every program that is kept here and forgets the maps. The directory, and with it the lock, stay.
+    pub(super) fn remove_content(&self) -> Result<(), PinError> {
+        for link in self.links()? {
+            detach(&link)?;
+        }
+        for path in entries(&self.path)? {
+            remove(&path)?;
+        }
+        Ok(())
+    }
+
     /// Detaches every program that is kept here, and removes the directory with what is in it. Returns the
     /// names of what was detached.
     ///

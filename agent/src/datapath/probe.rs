@@ -10,6 +10,7 @@ use super::{
     bpf,
     bpf::CgroupHook,
     cgroup::Cgroup2,
+    iptables::{self, Choice},
     links::{self, ORIGINAL_DST, WORKLOAD_PROGRAMS},
     load,
     netns::Netns,
@@ -45,6 +46,8 @@ pub enum Status {
 /// What to look at.
 #[derive(Debug, Clone, Default)]
 pub struct Scope {
+    /// Whether to look at iptables in place of eBPF, and at which one.
+    pub iptables: Option<Choice>,
     /// Cgroups to be attached to, below the mount; those of others' programs are looked for there.
     pub cgroups: Vec<std::path::PathBuf>,
     /// The agent's cgroup, if configured.
@@ -57,8 +60,14 @@ pub struct Scope {
 
 /// Looks at everything. Leaves nothing behind: programs are loaded, not attached.
 pub fn run(scope: &Scope) -> Vec<Finding> {
-    let mut findings = vec![kernel()];
-    findings.extend(programs());
+    let mut findings = Vec::new();
+    match scope.iptables {
+        None => {
+            findings.push(kernel());
+            findings.extend(programs());
+        }
+        Some(choice) => findings.extend(iptables::probe(choice)),
+    }
     match Cgroup2::find() {
         Ok(cgroups) => {
             findings.push(ok("cgroup2", cgroups.mount().display().to_string()));
@@ -78,11 +87,11 @@ pub fn run(scope: &Scope) -> Vec<Finding> {
     findings
 }
 
-fn ok(name: impl Into<String>, detail: impl Into<String>) -> Finding {
+pub(super) fn ok(name: impl Into<String>, detail: impl Into<String>) -> Finding {
     finding(name, Status::Ok, detail, "")
 }
 
-fn fail(name: impl Into<String>, detail: impl Into<String>, advice: &str) -> Finding {
+pub(super) fn fail(name: impl Into<String>, detail: impl Into<String>, advice: &str) -> Finding {
     finding(name, Status::Fail, detail, advice)
 }
 

@@ -93,6 +93,14 @@ pub struct VipTargets {
     pub any_port: BTreeMap<IpAddr, VipTarget>,
 }
 
+impl VipTargets {
+    /// Who answers there: who has the port, or else every port of the address.
+    pub fn at(&self, destination: SocketAddr) -> Option<VipTarget> {
+        let of_any_port = || self.any_port.get(&destination.ip());
+        self.ports.get(&destination).or_else(of_any_port).copied()
+    }
+}
+
 /// What to load, and where to attach it.
 #[derive(Debug, Clone)]
 pub struct DatapathSettings {

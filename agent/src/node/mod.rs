@@ -18,7 +18,7 @@ mod well;
 pub(crate) use authority::builtin_ca;
 pub(crate) use away::problems as away_problems;
 pub(crate) use source::file_context;
-pub(crate) use start::vip_pools;
+pub(crate) use start::{iptables_choice, vip_pools, vip_ranges};
 
 use std::{
     path::{Path, PathBuf},
@@ -46,7 +46,7 @@ use crate::{
     },
     config::Config,
     connections::Connections,
-    datapath::Datapath,
+    datapath::Backend,
     handover::{self, HandoverServer, Inheritance, Predecessor, Successor},
     health::Health,
     identity::{LocalDomain, certificates::Certificates},
@@ -106,7 +106,7 @@ struct Node {
     /// Whether another agent goes on in this one's place.
     replaced: Arc<AtomicBool>,
     certificates: Certificates,
-    datapath: Arc<Datapath>,
+    datapath: Arc<Backend>,
     connections: Arc<Connections>,
     outbound: Arc<Outbound>,
     inbound: Arc<Inbound>,
@@ -221,6 +221,9 @@ pub async fn run(
     };
     if matches!(end, End::Signal(_)) {
         node.stop_beating();
+        if let Err(error) = node.datapath.leave() {
+            tracing::warn!(error = %chain(&error), "capture not removed");
+        }
     }
     tracing::info!(cut, "stopped");
     node.telemetry.access_log().flush(Duration::from_secs(1));
@@ -283,6 +286,9 @@ async fn drain(node: &Node, end: &End) -> usize {
     let deadline = node.config.load().limits.drain_timeout;
     match end {
         End::Signal(name) => {
+            if let Err(error) = node.datapath.close() {
+                tracing::warn!(error = %chain(&error), "capture not closed");
+            }
             node.sockets.close();
             supervisor::stopping("draining");
             node.shutdown.run(name, deadline).await

@@ -27,9 +27,14 @@ use crate::{
         store::CatalogStore,
         vip::{VipAllocator, VipPools},
     },
-    config::{CaConfig, Config, WorkloadConfig, WorkloadRule},
+    config::{CaConfig, CaptureMode, Config, WorkloadConfig, WorkloadRule},
     connections::Connections,
-    datapath::{Datapath, DatapathSettings, VipRanges, cgroup::Cgroup2, pins::PinDirectory},
+    datapath::{
+        Backend, Datapath, DatapathSettings, VipRanges,
+        cgroup::Cgroup2,
+        iptables::{Choice, Iptables, IptablesSettings, Variant},
+        pins::PinDirectory,
+    },
     handover::Inheritance,
     health::Health,
     identity::{
@@ -169,7 +174,7 @@ impl Common {
     fn outbound(
         &self,
         config: &Config,
-        datapath: Arc<Datapath>,
+        datapath: Arc<Backend>,
         workloads: Arc<WorkloadResolver>,
         freshness: Option<ConsulHandle>,
     ) -> Arc<Outbound> {
@@ -213,7 +218,7 @@ fn begin_capture(follower: &mut Follower) -> Result<(), NodeError> {
     follower.apply_catalog();
     node.datapath
         .attach_hand_over()
-        .map_err(NodeError::when("attach the eBPF programs"))?;
+        .map_err(NodeError::when("put capture in place"))?;
     heartbeat::start(&node);
     node.captures
         .open_host()
@@ -221,7 +226,7 @@ fn begin_capture(follower: &mut Follower) -> Result<(), NodeError> {
     follower.follow_namespaces();
     node.datapath
         .attach_capture()
-        .map_err(NodeError::when("attach the eBPF programs"))?;
+        .map_err(NodeError::when("put capture in place"))?;
     super::well::watch(&node);
     Ok(())
 }
@@ -316,7 +321,7 @@ fn datapath(
     config: &Config,
     cgroups: &Cgroup2,
     pin_lock: Option<OwnedFd>,
-) -> Result<Datapath, NodeError> {
+) -> Result<Backend, NodeError> {
     let capture = &config.capture;
     let own = cgroups
         .own()
@@ -329,23 +334,53 @@ fn datapath(
     let pins = pins
         .transpose()
         .map_err(NodeError::when("take the pinned datapath"))?;
+    let directories = capture.cgroups.iter();
+    let directories = directories.map(|path| cgroups.directory(path)).collect();
+    let vip_ranges = vip_ranges(config);
+    if let Some(choice) = iptables_choice(capture.mode) {
+        let settings = IptablesSettings {
+            attach_points: capture.cgroups.clone(),
+            directories,
+            agent_cgroup: own,
+            vip_ranges,
+            port: capture.port,
+            max_vips: capture.max_vips,
+            choice,
+        };
+        let rules = Iptables::new(settings, pins)
+            .map_err(NodeError::when("prepare capture by iptables"))?;
+        return Ok(Backend::Rules(Box::new(rules)));
+    }
     let settings = DatapathSettings {
-        cgroups: capture
-            .cgroups
-            .iter()
-            .map(|path| cgroups.directory(path))
-            .collect(),
+        cgroups: directories,
         agent_cgroup: cgroups.directory(Path::new(&own)),
-        vip_ranges: VipRanges {
-            ipv4: capture.ipv4_range,
-            ipv6: capture.ipv6_range,
-        },
+        vip_ranges,
         max_vips: capture.max_vips,
         max_flows: capture.max_flows,
         so_original_dst: capture.so_original_dst,
         debug: capture.debug,
     };
-    Datapath::load(settings, pins).map_err(NodeError::when("load the eBPF programs"))
+    let programs =
+        Datapath::load(settings, pins).map_err(NodeError::when("load the eBPF programs"))?;
+    Ok(Backend::Programs(Box::new(programs)))
+}
+
+/// With which iptables to capture, if with any.
+pub(crate) fn iptables_choice(mode: CaptureMode) -> Option<Choice> {
+    match mode {
+        CaptureMode::Ebpf => None,
+        CaptureMode::Iptables => Some(Choice::OfHost),
+        CaptureMode::IptablesNft => Some(Choice::Only(Variant::Nft)),
+        CaptureMode::IptablesLegacy => Some(Choice::Only(Variant::Legacy)),
+    }
+}
+
+/// What is virtual on this node, whether or not a service has it.
+pub(crate) fn vip_ranges(config: &Config) -> VipRanges {
+    VipRanges {
+        ipv4: config.capture.ipv4_range,
+        ipv6: config.capture.ipv6_range,
+    }
 }
 
 /// `[tunnel]` and `[limits]` as far as outbound connections follow them.
@@ -428,10 +463,13 @@ async fn serve_operators(node: &Arc<Node>, takes_over: bool) -> Result<(), NodeE
 fn log_refusals(node: &Arc<Node>) -> Result<(), NodeError> {
     use crate::telemetry::rate::OncePer;
     static ONCE: OncePer = OncePer::new(std::time::Duration::from_secs(60));
-    let mut events = node
+    let events = node
         .datapath
         .events()
         .map_err(NodeError::when("watch the programs' events"))?;
+    let Some(mut events) = events else {
+        return Ok(());
+    };
     let shutdown = node.shutdown.clone();
     node.shutdown.spawn("refusals", async move {
         loop {

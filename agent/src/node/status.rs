@@ -55,6 +55,7 @@ impl StatusSource for Operators {
                 .release()
                 .to_string_lossy()
                 .into_owned(),
+            capture_mode: node.datapath.name(),
             attachments: attachments
                 .into_iter()
                 .map(|attachment| AttachmentStatus {

@@ -172,7 +172,7 @@ impl CaptureNamespaces {
         let (identity, cookie) = (netns.identity()?, netns.cookie()?);
         let datapath = &self.outbound.datapath;
         datapath
-            .enrol_netns(cookie, &listeners)
+            .enrol_netns(cookie, netns, &listeners)
             .map_err(CaptureListenError::Enrol)?;
         let CaptureListeners { v4, v6, kept } = listeners;
         let closed = CancellationToken::new();

@@ -17,7 +17,7 @@ use crate::{
     accept::accept_all,
     catalog::{consul::ConsulHandle, model::ServiceName, store::CatalogStore},
     connections::Connections,
-    datapath::{Captured, Datapath},
+    datapath::{Backend, Captured},
     health,
     identity::{certificates::Certificates, workload::WorkloadResolver},
     lifecycle::Shutdown,
@@ -33,7 +33,7 @@ use crate::{
 #[derive(Debug)]
 pub struct Outbound {
     /// Knows what the eBPF programs recorded.
-    pub datapath: Arc<Datapath>,
+    pub datapath: Arc<Backend>,
     /// Services and their virtual addresses.
     pub catalog: Arc<CatalogStore>,
     /// Which process belongs to which service.

@@ -45,7 +45,7 @@ static UNKNOWN_LOG: OncePer = OncePer::new(Duration::from_secs(3600));
 const ATTEMPTS: usize = 2;
 
 impl Outbound {
-    /// Step 3: what the eBPF programs recorded for this socket.
+    /// Step 3: what the eBPF programs recorded for this socket, or what the kernel tells of one that a rule redirected.
     ///
     /// No record means that somebody connected straight to the listener, and is refused.
     pub(super) fn capture(
@@ -68,7 +68,14 @@ impl Outbound {
                 );
                 Err(failed(Side::Downstream, error))
             }
-            Err(error) => Err(failed(Side::Internal, chain(&error).to_string())),
+            Err(error) => {
+                let side = if error.is_of_caller() {
+                    Side::Downstream
+                } else {
+                    Side::Internal
+                };
+                Err(failed(side, chain(&error).to_string()))
+            }
         }
     }
 

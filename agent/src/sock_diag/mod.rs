@@ -8,24 +8,15 @@
 
 pub(crate) mod wire;
 
-use std::{
-    io::{self, Read as _, Write as _},
-    net::SocketAddr,
-    time::Duration,
-};
+use std::{io, net::SocketAddr};
 
 use parking_lot::Mutex;
-use socket2::{Domain, Protocol, Socket, Type};
-pub use wire::Malformed;
-use wire::{Answer, Described, Family};
+use wire::{Described, Family, SOCK_DIAG_BY_FAMILY};
 
-use crate::datapath::CgroupId;
-
-/// The kernel's answer should be there at once; a runtime thread must not wait longer for one that got lost.
-const PATIENCE: Duration = Duration::from_secs(1);
-
-/// The kernel puts a dump into pieces of at most this many bytes (`netlink_dump` in `net/netlink/af_netlink.c`).
-const DATAGRAM: usize = 32 * 1024;
+use crate::{
+    datapath::CgroupId,
+    netlink::{self, Answer, Requests},
+};
 
 /// Who made a socket, as the kernel recorded it then.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,7 +34,7 @@ pub struct SocketOwner {
 /// The kernel did not tell whose a socket is.
 #[derive(Debug, thiserror::Error)]
 pub enum SockDiagError {
-    /// The request could not be sent, was refused, or the answer did not come.
+    /// The request was refused, or the answer did not come or cannot be read.
     #[error("ask sock_diag(7) for {asked}")]
     Ask {
         /// What was asked for.
@@ -51,15 +42,6 @@ pub enum SockDiagError {
         /// What the kernel said.
         #[source]
         source: io::Error,
-    },
-    /// The answer does not have the form that the kernel's headers give it.
-    #[error("read what sock_diag(7) answered for {asked}")]
-    Answer {
-        /// What was asked for.
-        asked: &'static str,
-        /// What is wrong with it.
-        #[source]
-        source: Malformed,
     },
     /// The kernel does not name cgroups of sockets: it is older than 5.9, or built without them.
     #[error(
@@ -70,14 +52,7 @@ pub enum SockDiagError {
 
 /// Asks about the sockets of one network namespace.
 #[derive(Debug)]
-pub struct SockDiag(Mutex<Exchange>);
-
-/// One request at a time: answers carry its number.
-#[derive(Debug)]
-struct Exchange {
-    socket: Socket,
-    sequence: u32,
-}
+pub struct SockDiag(Mutex<Requests>);
 
 impl SockDiag {
     /// For the network namespace of the calling thread.
@@ -85,20 +60,12 @@ impl SockDiag {
     /// # Errors
     /// If the process may have no such socket, or the kernel was built without `CONFIG_INET_DIAG`.
     pub fn open() -> io::Result<Self> {
-        let socket = Socket::new(
-            Domain::from(libc::AF_NETLINK),
-            Type::RAW.cloexec(),
-            Some(Protocol::from(libc::NETLINK_SOCK_DIAG)),
-        )?;
-        socket.set_read_timeout(Some(PATIENCE))?;
-        let exchange = Exchange {
-            socket,
-            sequence: 0,
-        };
-        Ok(Self(Mutex::new(exchange)))
+        Requests::open(libc::NETLINK_SOCK_DIAG)
+            .map(Mutex::new)
+            .map(Self)
     }
 
-    /// Who holds the TCP socket whose own address is `local` and whose peer is `remote`.
+    /// Who holds the connected TCP socket whose own address is `local` and whose peer is `remote`.
     ///
     /// `None` if there is none, or only what is left of one that was closed: then nobody can tell whose it was.
     ///
@@ -109,22 +76,12 @@ impl SockDiag {
         local: SocketAddr,
         remote: SocketAddr,
     ) -> Result<Option<SocketOwner>, SockDiagError> {
-        const ASKED: &str = "a socket";
-        let mut exchange = self.0.lock();
-        let sequence = exchange.send(&|n| wire::exact(n, local, remote), ASKED)?;
-        loop {
-            // None: an answer to an earlier request, which came too late.
-            let Some(answer) = exchange.receive(sequence, ASKED)?.into_iter().next() else {
-                continue;
-            };
-            return match answer {
-                // Where there is no such connection, the kernel looks for who would take one.
-                Answer::Socket(socket) if socket.state == wire::LISTEN => Ok(None),
-                Answer::Socket(socket) => owner(&socket),
-                Answer::Failed(libc::ENOENT) | Answer::Done => Ok(None),
-                Answer::Failed(errno) => Err(refused(ASKED, errno)),
-                Answer::Other => continue,
-            };
+        let found = exact(&mut self.0.lock(), local, remote).map_err(asking("a socket"))?;
+        match found {
+            // Where there is no such connection, the kernel looks for who would take one. And who only tries to
+            // connect has the ports of somebody else's connection that has ended here and not there.
+            Some(socket) if socket.is_connected() => owner(&socket),
+            _ => Ok(None),
         }
     }
 
@@ -135,7 +92,9 @@ impl SockDiag {
     pub fn listeners(&self) -> Result<Vec<(SocketAddr, SocketOwner)>, SockDiagError> {
         let mut listeners = Vec::new();
         for family in [Family::V4, Family::V6] {
-            for socket in self.0.lock().listening(family)? {
+            let sockets =
+                listening(&mut self.0.lock(), family).map_err(asking("listening sockets"))?;
+            for socket in sockets {
                 if let Some(owner) = owner(&socket)? {
                     listeners.push((socket.local, owner));
                 }
@@ -158,51 +117,38 @@ fn owner(socket: &Described) -> Result<Option<SocketOwner>, SockDiagError> {
     }))
 }
 
-impl Exchange {
-    fn listening(&mut self, family: Family) -> Result<Vec<Described>, SockDiagError> {
-        const ASKED: &str = "listening sockets";
-        let sequence = self.send(&|n| wire::all_listening(n, family), ASKED)?;
-        let mut sockets = Vec::new();
-        loop {
-            for answer in self.receive(sequence, ASKED)? {
-                match answer {
-                    Answer::Socket(socket) => sockets.push(socket),
-                    Answer::Done => return Ok(sockets),
-                    Answer::Failed(errno) => return Err(refused(ASKED, errno)),
-                    Answer::Other => {}
-                }
+fn exact(
+    requests: &mut Requests,
+    local: SocketAddr,
+    remote: SocketAddr,
+) -> io::Result<Option<Described>> {
+    requests.send(SOCK_DIAG_BY_FAMILY, 0, &wire::exact(local, remote))?;
+    match requests.receive()?.first() {
+        Some(Answer::Message { body, .. }) => Ok(Some(wire::described(body)?)),
+        Some(Answer::Error(errno)) if *errno != libc::ENOENT => {
+            Err(io::Error::from_raw_os_error(*errno))
+        }
+        _ => Ok(None),
+    }
+}
+
+fn listening(requests: &mut Requests, family: Family) -> io::Result<Vec<Described>> {
+    let request = wire::all_listening(family);
+    requests.send(SOCK_DIAG_BY_FAMILY, netlink::DUMP, &request)?;
+    let mut sockets = Vec::new();
+    loop {
+        for answer in requests.receive()? {
+            match answer {
+                Answer::Message { body, .. } => sockets.push(wire::described(body)?),
+                Answer::Done => return Ok(sockets),
+                Answer::Error(errno) => return Err(io::Error::from_raw_os_error(errno)),
             }
         }
-    }
-
-    fn send(
-        &mut self,
-        request: &dyn Fn(u32) -> Vec<u8>,
-        asked: &'static str,
-    ) -> Result<u32, SockDiagError> {
-        self.sequence = self.sequence.wrapping_add(1);
-        // Without an address it goes to the kernel.
-        (&self.socket)
-            .write_all(&request(self.sequence))
-            .map_err(asking(asked))?;
-        Ok(self.sequence)
-    }
-
-    /// What the next datagram holds of answers to request `sequence`.
-    fn receive(&self, sequence: u32, asked: &'static str) -> Result<Vec<Answer>, SockDiagError> {
-        let mut buffer = vec![0; DATAGRAM];
-        let read = (&self.socket).read(&mut buffer).map_err(asking(asked))?;
-        buffer.truncate(read);
-        wire::answers(&buffer, sequence).map_err(|source| SockDiagError::Answer { asked, source })
     }
 }
 
 fn asking(asked: &'static str) -> impl Fn(io::Error) -> SockDiagError {
     move |source| SockDiagError::Ask { asked, source }
-}
-
-fn refused(asked: &'static str, errno: i32) -> SockDiagError {
-    asking(asked)(io::Error::from_raw_os_error(errno))
 }
 
 #[cfg(test)]

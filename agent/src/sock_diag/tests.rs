@@ -3,6 +3,8 @@ use std::{
     os::{fd::AsRawFd, unix::fs::MetadataExt as _},
 };
 
+use socket2::{Domain, Socket, Type};
+
 use super::*;
 use crate::datapath::cgroup::Cgroup2;
 
@@ -159,17 +161,36 @@ fn one_namespace_sees_only_its_own_sockets() {
 }
 
 #[test]
-fn answers_that_break_off_are_refused() {
-    let whole = wire::exact(1, ([127, 0, 0, 1], 1).into(), ([127, 0, 0, 1], 2).into());
-    // A request is no answer: its body is shorter than a description.
-    assert_eq!(wire::answers(&whole, 1), Err(Malformed));
-    assert_eq!(wire::answers(&whole, 2), Ok(vec![]));
-    for length in 1..whole.len() {
-        assert_eq!(wire::answers(&whole[..length], 2), Err(Malformed));
+fn a_description_that_breaks_off_is_refused() {
+    // A request is as long as the beginning of an answer.
+    let short = wire::exact(([127, 0, 0, 1], 1).into(), ([127, 0, 0, 1], 2).into());
+    for length in 0..=short.len() {
+        wire::described(&short[..length]).unwrap_err();
     }
-    // A length shorter than the header would be read forever.
-    assert_eq!(wire::answers(&[0; 64], 0), Err(Malformed));
-    for length in 0..4 {
-        wire::read_any(&[0xff; 80][..length]);
-    }
+}
+
+#[test]
+fn who_only_tries_to_connect_is_not_taken_for_who_did() {
+    let sockets = SockDiag::open().unwrap();
+    // With a queue for one that nobody takes from, nobody answers the second.
+    let kind = (Domain::IPV4, Type::STREAM.nonblocking(), None);
+    let listener = Socket::new(kind.0, kind.1, kind.2).unwrap();
+    listener
+        .bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into())
+        .unwrap();
+    listener.listen(0).unwrap();
+    let remote = listener.local_addr().unwrap();
+    let [(first, _first), (second, _second)] = [(); 2].map(|()| {
+        let client = Socket::new(kind.0, kind.1, kind.2).unwrap();
+        let begun = client.connect(&remote);
+        (
+            client.local_addr().unwrap().as_socket().unwrap(),
+            (client, begun),
+        )
+    });
+    let remote = remote.as_socket().unwrap();
+    assert!(sockets.socket_of(first, remote).unwrap().is_some());
+    let found = exact(&mut sockets.0.lock(), second, remote).unwrap();
+    assert!(!found.unwrap().is_connected());
+    assert_eq!(sockets.socket_of(second, remote).unwrap(), None);
 }

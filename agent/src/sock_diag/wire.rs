@@ -1,22 +1,15 @@
 //! The bytes of `sock_diag(7)`: requests as the kernel reads them, and what it answers. Pure.
-//!
-//! Netlink messages are in the byte order of the host, ports and addresses in that of the network. An answer grows
-//! at its end from kernel to kernel, so what is not known is skipped and only what is used must be there.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use crate::netlink::{Fields, Malformed, find, host32};
+
 /// `SOCK_DIAG_BY_FAMILY` of `include/uapi/linux/sock_diag.h`.
-const SOCK_DIAG_BY_FAMILY: u16 = 20;
-/// `struct nlmsghdr` and `struct inet_diag_req_v2` in bytes.
-const HEADER: usize = 16;
-const REQUEST: usize = 56;
-/// `struct nlattr`.
-const ATTRIBUTE: usize = 4;
+pub(super) const SOCK_DIAG_BY_FAMILY: u16 = 20;
 /// `INET_DIAG_CGROUP_ID` of `include/uapi/linux/inet_diag.h`. Kernel 5.9; it is always sent.
 const CGROUP_ID: u16 = 21;
-/// The bits of an attribute's type that say how it is written (`NLA_TYPE_MASK`).
-const TYPE_MASK: u16 = 0x3fff;
 /// `enum` of `include/net/tcp_states.h`.
+const SYN_SENT: u8 = 2;
 const TIME_WAIT: u8 = 6;
 pub(super) const LISTEN: u8 = 10;
 
@@ -55,54 +48,32 @@ impl Described {
     pub(super) fn has_owner(&self) -> bool {
         self.inode != 0 && self.state != TIME_WAIT
     }
-}
 
-/// A message of the kernel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Answer {
-    Socket(Described),
-    /// The last of a dump.
-    Done,
-    /// The request failed with this `errno`.
-    Failed(i32),
-    /// Of a kind that was not asked for.
-    Other,
+    /// Whether it is the end of a connection, and not of the attempt at one.
+    pub(super) fn is_connected(&self) -> bool {
+        !matches!(self.state, SYN_SENT | LISTEN)
+    }
 }
-
-/// An answer breaks off or contradicts itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("an answer of sock_diag(7) that is not whole")]
-pub struct Malformed;
 
 /// Asks for the one TCP socket with these ends.
-pub(super) fn exact(sequence: u32, local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
+pub(super) fn exact(local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
     let (local, remote) = (canonical(local), canonical(remote));
     let family = match local {
         SocketAddr::V4(_) => Family::V4,
         SocketAddr::V6(_) => Family::V6,
     };
-    request(family, sequence, 0, u32::MAX, local, remote)
+    request(family, u32::MAX, local, remote)
 }
 
 /// Asks for all TCP sockets of a family that listen.
-pub(super) fn all_listening(sequence: u32, family: Family) -> Vec<u8> {
-    /// `NLM_F_DUMP` of `netlink(7)`.
-    const DUMP: u16 = 0x300;
+pub(super) fn all_listening(family: Family) -> Vec<u8> {
     let any = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
-    request(family, sequence, DUMP, 1 << LISTEN, any, any)
+    request(family, 1 << LISTEN, any, any)
 }
 
-fn request(
-    family: Family,
-    sequence: u32,
-    flags: u16,
-    states: u32,
-    local: SocketAddr,
-    remote: SocketAddr,
-) -> Vec<u8> {
-    /// `NLM_F_REQUEST` of `netlink(7)`.
-    const IS_REQUEST: u16 = 1;
-    /// `IPPROTO_TCP`.
+/// `struct inet_diag_req_v2`
+fn request(family: Family, states: u32, local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
+    /// `IPPROTO_TCP`
     const TCP: u8 = 6;
     /// `INET_DIAG_NOCOOKIE`: any socket with these ends.
     const NO_COOKIE: [u8; 8] = [0xff; 8];
@@ -111,14 +82,8 @@ fn request(
         SocketAddr::V6(v6) => v6.scope_id(),
         SocketAddr::V4(_) => 0,
     };
-    let length = u32::try_from(HEADER + REQUEST).unwrap_or(u32::MAX);
     [
-        &host32(length)[..],
-        &host16(SOCK_DIAG_BY_FAMILY),
-        &host16(IS_REQUEST | flags),
-        &host32(sequence),
-        &host32(0),
-        &[family.number(), TCP, 0, 0],
+        &[family.number(), TCP, 0, 0][..],
         &host32(states),
         &local.port().to_be_bytes(),
         &remote.port().to_be_bytes(),
@@ -130,45 +95,8 @@ fn request(
     .concat()
 }
 
-/// The messages of one datagram that answer request `sequence`.
-pub(super) fn answers(datagram: &[u8], sequence: u32) -> Result<Vec<Answer>, Malformed> {
-    let mut rest = datagram;
-    let mut found = Vec::new();
-    while !rest.is_empty() {
-        let mut header = Fields(rest);
-        let length = usize::try_from(header.host32()?).unwrap_or(usize::MAX);
-        let kind = header.host16()?;
-        let _flags = header.host16()?;
-        let answers_to = header.host32()?;
-        let body = rest.get(HEADER..length).ok_or(Malformed)?;
-        if answers_to == sequence {
-            found.push(answer(kind, body)?);
-        }
-        rest = rest.get(aligned(length)..).unwrap_or_default();
-    }
-    Ok(found)
-}
-
-fn answer(kind: u16, body: &[u8]) -> Result<Answer, Malformed> {
-    /// `NLMSG_ERROR` and `NLMSG_DONE` of `netlink(7)`.
-    const ERROR: u16 = 2;
-    const DONE: u16 = 3;
-    match kind {
-        SOCK_DIAG_BY_FAMILY => described(body).map(Answer::Socket),
-        // Both begin with a negative error number, or 0.
-        ERROR | DONE => {
-            let errno = Fields(body).host32()?.cast_signed().saturating_neg();
-            match (kind, errno) {
-                (DONE, 0) => Ok(Answer::Done),
-                (_, errno) => Ok(Answer::Failed(errno)),
-            }
-        }
-        _ => Ok(Answer::Other),
-    }
-}
-
 /// `struct inet_diag_msg` and the attributes behind it.
-fn described(body: &[u8]) -> Result<Described, Malformed> {
+pub(super) fn described(body: &[u8]) -> Result<Described, Malformed> {
     let mut fields = Fields(body);
     let [family, state, _timer, _retransmits] = fields.take()?;
     let (local_port, remote_port) = (fields.network16()?, fields.network16()?);
@@ -196,24 +124,10 @@ fn described(body: &[u8]) -> Result<Described, Malformed> {
         uid,
         inode,
         cookie: u64::from(cookie_high) << 32 | u64::from(cookie_low),
-        cgroup: attribute(fields.0, CGROUP_ID)?
+        cgroup: find(fields.0, CGROUP_ID)?
             .map(|value| Fields(value).host64())
             .transpose()?,
     })
-}
-
-fn attribute(attributes: &[u8], wanted: u16) -> Result<Option<&[u8]>, Malformed> {
-    let mut rest = attributes;
-    while !rest.is_empty() {
-        let mut header = Fields(rest);
-        let (length, kind) = (usize::from(header.host16()?), header.host16()?);
-        let value = rest.get(ATTRIBUTE..length).ok_or(Malformed)?;
-        if kind & TYPE_MASK == wanted {
-            return Ok(Some(value));
-        }
-        rest = rest.get(aligned(length)..).unwrap_or_default();
-    }
-    Ok(None)
 }
 
 fn socket_address(family: Family, ip: [u8; 16], port: u16, interface: u32) -> SocketAddr {
@@ -253,58 +167,15 @@ fn sixteen(ip: IpAddr) -> [u8; 16] {
     }
 }
 
-/// Messages and attributes begin at multiples of 4 (`NLMSG_ALIGN`, `NLA_ALIGN`).
-fn aligned(length: usize) -> usize {
-    length.next_multiple_of(4)
-}
-
-/// Reads from the beginning, and gets shorter.
-struct Fields<'a>(&'a [u8]);
-
-impl Fields<'_> {
-    fn take<const N: usize>(&mut self) -> Result<[u8; N], Malformed> {
-        let (taken, rest) = self.0.split_first_chunk().ok_or(Malformed)?;
-        self.0 = rest;
-        Ok(*taken)
-    }
-
-    fn network16(&mut self) -> Result<u16, Malformed> {
-        self.take().map(u16::from_be_bytes)
-    }
-
-    fn host16(&mut self) -> Result<u16, Malformed> {
-        self.take().map(u16::from_ne_bytes)
-    }
-
-    fn host32(&mut self) -> Result<u32, Malformed> {
-        self.take().map(u32::from_ne_bytes)
-    }
-
-    fn host64(&mut self) -> Result<u64, Malformed> {
-        self.take().map(u64::from_ne_bytes)
-    }
-}
-
-#[expect(clippy::host_endian_bytes, reason = "netlink(7): host byte order")]
-fn host16(value: u16) -> [u8; 2] {
-    value.to_ne_bytes()
-}
-
-#[expect(clippy::host_endian_bytes, reason = "netlink(7): host byte order")]
-fn host32(value: u32) -> [u8; 4] {
-    value.to_ne_bytes()
-}
-
 /// Any bytes as an answer of the kernel: read or refused. For the fuzzer.
 #[cfg(any(test, fuzzing))]
 pub(crate) fn read_any(bytes: &[u8]) {
-    if let Ok(found) = answers(bytes, 1) {
-        // A message is no shorter than its header.
-        assert!(found.len() <= bytes.len().div_ceil(HEADER));
-        for answer in found {
-            if let Answer::Socket(socket) = answer {
-                assert_eq!(socket.local.ip(), socket.local.ip().to_canonical());
-            }
+    use crate::netlink::{Answer, answers};
+    for answer in answers(bytes, 1).unwrap_or_default() {
+        if let Answer::Message { body, .. } = answer
+            && let Ok(socket) = described(body)
+        {
+            assert_eq!(socket.local.ip(), socket.local.ip().to_canonical());
         }
     }
 }

@@ -37,6 +37,7 @@ fn example() -> Status {
         uptime_seconds: 60,
         draining: false,
         kernel: "6.18.0".to_owned(),
+        capture_mode: "ebpf".to_owned(),
         attachments: vec![],
         capture: BTreeMap::from([("rewritten".to_owned(), 3)]),
         catalog: CatalogStatus {
