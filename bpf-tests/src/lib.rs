@@ -11,6 +11,7 @@ pub mod namespace;
 pub mod program;
 pub mod catalog;
 pub mod lab;
+pub mod mode;
 pub mod node;
 pub mod workload;
 pub mod services;

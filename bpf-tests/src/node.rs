@@ -24,6 +24,7 @@ use serde_json::Value;
 use crate::{
     cgroup::Cgroup,
     lab::TRUST_DOMAIN,
+    mode::Mode,
     namespace::Namespace,
     program::{Program, Running},
     programs,
@@ -79,6 +80,8 @@ pub struct Node {
     catalog: PathBuf,
     workloads: Vec<String>,
     containers: Vec<Namespace>,
+    mode: Mode,
+    pins: bool,
     capture: Vec<String>,
     consul: Option<String>,
     settings: Vec<String>,
@@ -108,6 +111,8 @@ impl Node {
             catalog: scratch.directory().join("catalog"),
             workloads: vec![],
             containers: vec![],
+            mode: Mode::chosen(),
+            pins: true,
             capture: vec![],
             consul: None,
             settings: vec![],
@@ -216,6 +221,16 @@ impl Node {
     /// Makes the agent read another catalog than the other node's.
     pub fn use_catalog(&mut self, directory: &Path) {
         directory.clone_into(&mut self.catalog);
+    }
+
+    /// By what the agent is to capture.
+    pub fn set_mode(&mut self, mode: Mode) {
+        self.mode = mode;
+    }
+
+    /// Makes the agent keep nothing in the kernel beyond its end.
+    pub fn do_not_pin(&mut self) {
+        self.pins = false;
     }
 
     /// What signs on this node.
@@ -476,6 +491,7 @@ impl Node {
 state_dir = \"{directory}/state\"
 
 [capture]
+mode = \"{mode}\"
 cgroups = [\"{cgroup}/workloads\"]
 pin_directory = \"{pins}\"
 {capture}
@@ -490,8 +506,13 @@ access_log = \"{access_log}\"
 socket = \"{socket}\"
 
 ",
+            mode = self.mode.as_str(),
             cgroup = self.cgroup.path(),
-            pins = self.pin_directory().display(),
+            pins = if self.pins {
+                self.pin_directory().display().to_string()
+            } else {
+                "off".to_owned()
+            },
             capture = self.capture.join("\n"),
             socket = self.admin_socket().display(),
             access_log = self.access_log_file().display(),

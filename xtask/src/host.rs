@@ -25,6 +25,8 @@ use crate::{
 const PACKAGES: &[(&str, &str)] = &[
     ("ip", "iproute2"),
     ("curl", "curl"),
+    ("iptables-nft-save", "iptables"),
+    ("iptables-legacy-save", "iptables"),
     ("tcpdump", "tcpdump"),
     ("nginx", "nginx-light"),
     ("redis-server", "redis-server"),

@@ -2,9 +2,10 @@
 
 use std::{fmt::Write as _, process::ExitCode};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use bpf_tests::{
     claims::{Claim, Size, TOPICS, Topic},
+    mode::Mode,
     programs,
 };
 
@@ -21,6 +22,9 @@ pub(crate) struct Arguments {
     /// With less load: seconds for each claim.
     #[arg(long)]
     quick: bool,
+    /// By what to capture: `ebpf`, `iptables-nft` or `iptables-legacy`.
+    #[arg(long, default_value = "ebpf", value_parser = mode)]
+    mode: Mode,
     /// Only the claims whose name contains this.
     #[arg(long)]
     only: Option<String>,
@@ -39,7 +43,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         list_topics();
         bail!("there is no topic {name}");
     };
-    prepare(topic)?;
+    prepare(topic, arguments.mode)?;
     if !arguments.quick {
         // What users run.
         programs::use_agent(build::release_agent()?);
@@ -49,6 +53,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     } else {
         Size::Full
     };
+    arguments.mode.choose();
     let only = arguments.only.as_deref().unwrap_or_default();
     let claims: Vec<&Claim> = topic
         .claims
@@ -66,6 +71,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
+    })
+}
+
+fn mode(name: &str) -> Result<Mode> {
+    let mode = Mode::ALL.into_iter().find(|mode| mode.as_str() == name);
+    mode.with_context(|| {
+        let names = Mode::ALL.map(Mode::as_str).join(", ");
+        format!("expected one of {names}")
     })
 }
 
@@ -95,11 +108,16 @@ fn prove(claim: &Claim, size: Size) -> bool {
     holds
 }
 
-fn prepare(topic: &Topic) -> Result<()> {
+fn prepare(topic: &Topic, mode: Mode) -> Result<()> {
     if !host::is_root() {
         bail!("needs root: it makes network namespaces and loads eBPF programs");
     }
     host::require(topic.programs)?;
+    match mode {
+        Mode::Ebpf => {}
+        Mode::IptablesNft => host::require(&["iptables-nft-save"])?,
+        Mode::IptablesLegacy => host::require(&["iptables-legacy-save"])?,
+    }
     build::ebpf_programs()?;
     build::agent_and_peer()
 }

@@ -10,6 +10,7 @@ macro_rules! claims {
 
 pub mod consul;
 pub mod dependable;
+pub mod iptables;
 pub mod path;
 mod storm;
 
@@ -114,4 +115,9 @@ impl Finding {
 }
 
 /// All topics.
-pub const TOPICS: &[Topic] = &[path::TOPIC, dependable::TOPIC, consul::TOPIC];
+pub const TOPICS: &[Topic] = &[
+    path::TOPIC,
+    dependable::TOPIC,
+    consul::TOPIC,
+    iptables::TOPIC,
+];

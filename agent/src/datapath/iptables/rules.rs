@@ -324,7 +324,11 @@ mod tests {
 
     fn target(reachable: bool) -> VipTarget {
         let service = ServiceId(1);
-        VipTarget { service, reachable }
+        VipTarget {
+            service,
+            reachable,
+            away: crate::config::AwayPolicy::Closed,
+        }
     }
 
     fn desired(destinations: &[(&str, bool)]) -> VipTargets {

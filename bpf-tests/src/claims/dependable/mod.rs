@@ -9,7 +9,7 @@ mod foreign;
 mod full;
 mod replaced;
 mod strangers;
-mod web;
+pub(super) mod web;
 mod wire;
 
 use super::{Claim, Topic};

@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// The mesh, not yet started.
-pub(super) fn mesh(purpose: &str) -> Result<Mesh> {
+pub(in crate::claims) fn mesh(purpose: &str) -> Result<Mesh> {
     let mut mesh = Mesh::new(purpose)?;
     let place = mesh.place("web", "web", Kind::Cgroup)?;
     mesh.register("web", "web", vip(1, 80), local(8080));
@@ -23,7 +23,7 @@ pub(super) fn mesh(purpose: &str) -> Result<Mesh> {
 }
 
 /// Whether a call is answered.
-pub(super) fn serves(mesh: &Mesh) -> Result<bool> {
+pub(in crate::claims) fn serves(mesh: &Mesh) -> Result<bool> {
     let url = format!("http://{}/", vip(1, 80));
     Ok(mesh.shop.curl(&url).output(SOON)?.stdout.trim() == "web")
 }
@@ -41,7 +41,7 @@ pub(super) fn wait_until_served(mesh: &Mesh) -> Result<()> {
 }
 
 /// `ok`, or the errno that `connect()` ended with.
-pub(super) fn connect(mesh: &Mesh) -> Result<String> {
+pub(in crate::claims) fn connect(mesh: &Mesh) -> Result<String> {
     connect_to(mesh, vip(1, 80))
 }
 

@@ -12,6 +12,7 @@ use super::{
 use crate::{
     claims::{Finding, Size},
     mesh::{Mesh, local, vip},
+    mode::Mode,
     services,
     wait::{SOON, wait_for, wait_for_value},
     workload::Kind,
@@ -45,7 +46,12 @@ pub(super) fn load_follows_health(size: Size) -> Result<Finding> {
     set_health(&mut mesh, ["critical", "passing"])?;
     let one = spread(&mesh, requests)?;
     set_health(&mut mesh, ["critical", "critical"])?;
-    let none = text(&read(&mesh.shop, &vip(1, 80).to_string())?, "end");
+    // The status has the catalog a moment before the kernel.
+    let none = wait_for_value("calls to be refused", SOON, || {
+        let report = read(&mesh.shop, &vip(1, 80).to_string())?;
+        let refused = report.get("connected") == Some(&false.into());
+        Ok(refused.then(|| text(&report, "end")))
+    })?;
     set_health(&mut mesh, ["passing", "passing"])?;
     let again = spread(&mesh, requests)?;
     // Two random choices out of two leave either side a fifth with near certainty.
@@ -132,6 +138,9 @@ pub(super) fn a_bad_reload_changes_nothing(_size: Size) -> Result<Finding> {
 pub(super) fn decisions_are_logged_while_asked_for(_size: Size) -> Result<Finding> {
     let mut mesh = web_with_two_instances("debug")?;
     mesh.lab.a.set_capture("debug = true");
+    if Mode::chosen() != Mode::Ebpf {
+        return debug_is_refused(&mut mesh);
+    }
     mesh.start()?;
     let expected = format!("connect to ::ffff:{} port 80: captured", vip(1, 80).ip());
     let decided = |mesh: &Mesh| mesh.lab.a.agent_said().matches(&expected).count();
@@ -157,6 +166,17 @@ pub(super) fn decisions_are_logged_while_asked_for(_size: Size) -> Result<Findin
         format!(
             "{logged} of 3 connects and {handed_over} hand-overs logged, {after} in all after 3 more without"
         ),
+    ))
+}
+
+/// Rules log nothing, and the agent says so.
+fn debug_is_refused(mesh: &mut Mesh) -> Result<Finding> {
+    mesh.lab.a.start_agent()?;
+    let code = mesh.lab.a.wait_for_agent_end(SOON)?;
+    let said = mesh.lab.a.agent_said();
+    Ok(Finding::new(
+        code == Some(64) && said.contains("capture.debug"),
+        format!("only with eBPF: exit code {code:?}, {}", said.trim()),
     ))
 }
 
