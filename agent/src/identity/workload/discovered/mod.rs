@@ -6,6 +6,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ffi::OsStr,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
 };
@@ -119,12 +120,23 @@ pub enum Refusal {
         /// The services that listen in it.
         services: BTreeSet<ServiceName>,
     },
-    /// The cgroup is not strictly below an attach point, so it may hold what is of nobody, and is not captured.
+    /// The cgroup is not strictly below an attach point, or one is below it: it may hold what is of nobody.
     #[error(
-        "{service} listens in {}, which is not below one of capture.cgroups: give it a cgroup of its own there",
+        "{service} listens in {}, which is not below one of capture.cgroups, or holds one: give it a cgroup of its own there",
         path.display()
     )]
     Outside {
+        /// The cgroup.
+        path: PathBuf,
+        /// The service that listens in it.
+        service: ServiceName,
+    },
+    /// The cgroup is a slice of systemd's, below which are units of their own.
+    #[error(
+        "{service} listens in {}, a slice: give it a unit of its own, or write a [[workload]] rule",
+        path.display()
+    )]
+    Slice {
         /// The cgroup.
         path: PathBuf,
         /// The service that listens in it.
@@ -165,6 +177,7 @@ impl Refusal {
         match self {
             Self::SeveralServices { services, .. } => services.iter().collect(),
             Self::Outside { service, .. }
+            | Self::Slice { service, .. }
             | Self::Agent { service, .. }
             | Self::Init { service, .. }
             | Self::NotVisible { service, .. } => vec![service],
@@ -241,6 +254,9 @@ fn claim(
     let holds_one = bounds.attach_points.iter().any(|a| a.starts_with(&path));
     if holds_one || !bounds.attach_points.iter().any(is_below) {
         return Err(each(|path, service| Refusal::Outside { path, service }));
+    }
+    if path.extension() == Some(OsStr::new("slice")) {
+        return Err(each(|path, service| Refusal::Slice { path, service }));
     }
     let mut names = services.iter();
     match (names.next().cloned(), names.next()) {

@@ -46,7 +46,11 @@ fn listener(address: &str, cgroup: u64) -> (SocketAddr, SocketOwner) {
 }
 
 fn bounds() -> Bounds {
-    let attach_points = ["apps.slice".into(), "/system.slice/deep.slice/".into()];
+    let attach_points = [
+        "apps.slice".into(),
+        "/system.slice/deep.slice/".into(),
+        "/apps.slice/group.slice/inner.slice".into(),
+    ];
     let [agent, init] = [
         "/apps.slice/sidestep.service/main",
         "/apps.slice/init.scope",
@@ -198,10 +202,13 @@ fn what_is_not_clear_is_refused() {
         (6, "/apps.slice/sidestep.service/main"),
         (7, "/apps.slice/init.scope"),
         (8, "/apps.slice/both.service"),
+        (10, "/apps.slice/group.slice"),
+        (11, "/apps.slice/group.slice/inner.slice"),
+        (12, "/apps.slice/apps-team.slice"),
     ]);
     let outside = |path: &str| {
         format!(
-            "web listens in {path}, which is not below one of capture.cgroups: give it a cgroup of its own there"
+            "web listens in {path}, which is not below one of capture.cgroups, or holds one: give it a cgroup of its own there"
         )
     };
     let agent = |path: &str| format!("web listens in {path}, where the agent itself runs");
@@ -210,6 +217,13 @@ fn what_is_not_clear_is_refused() {
         (2, agent("/apps.slice")),
         (3, outside("/system.slice")),
         (4, outside("/system.slice/other.service")),
+        (10, outside("/apps.slice/group.slice")),
+        (11, outside("/apps.slice/group.slice/inner.slice")),
+        (
+            12,
+            "web listens in /apps.slice/apps-team.slice, a slice: give it a unit of its own, or write a [[workload]] rule"
+                .to_owned(),
+        ),
         (5, agent("/apps.slice/sidestep.service")),
         (6, agent("/apps.slice/sidestep.service/main")),
         (
