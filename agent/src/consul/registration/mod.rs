@@ -97,8 +97,8 @@ pub struct Registrar {
     writing: Pace,
     /// Whether what is local has been told, be it nothing.
     has_looked: bool,
-    /// Nothing is registered before, because the last attempt failed.
-    not_before: Option<Instant>,
+    /// What failed last, and when it is tried again; anything else is done at once.
+    failed: Option<(Instant, Plan)>,
 }
 
 /// What the last look showed.
@@ -205,7 +205,7 @@ impl Registrar {
             reading: Pace::new(PAUSES, Instant::now()),
             writing: Pace::new(PAUSES, Instant::now()),
             has_looked: false,
-            not_before: None,
+            failed: None,
         };
         let other_side = LocalServices {
             instances: local,
@@ -487,13 +487,13 @@ impl Registrar {
     }
 
     async fn carry_out(&mut self, plan: Plan, problems: &mut BTreeSet<String>) {
-        for id in plan.taken {
+        for id in &plan.taken {
             problems.insert(format!(
                 "{id:?} is registered with Consul's agent by somebody else: the instance is not reached through this node"
             ));
         }
-        let is_early = self.not_before.is_some_and(|at| Instant::now() < at);
-        if is_early {
+        let is_early = |(at, failed): &(Instant, Plan)| Instant::now() < *at && *failed == plan;
+        if self.failed.as_ref().is_some_and(is_early) {
             // The problems of the last attempt still hold.
             let before = self.status.lock().problems.clone();
             problems.extend(
@@ -503,26 +503,36 @@ impl Registrar {
             );
             return;
         }
-        let mut failed = BTreeSet::new();
-        for registration in &plan.register {
-            let done = self.register(registration).await;
-            failed.extend(
-                done.err()
-                    .map(|error| (registration.id.clone(), error))
-                    .map(told),
-            );
-        }
-        for id in &plan.deregister {
-            let done = self.deregister(id).await;
-            failed.extend(done.err().map(|error| (id.clone(), error)).map(told));
-        }
-        self.not_before = if failed.is_empty() {
+        let failed = self.change(&plan).await;
+        self.failed = if failed.is_empty() {
             self.writing.after_answer(Instant::now(), 0.0);
             None
         } else {
-            Some(Instant::now() + self.writing.after_failure(fastrand::f64()))
+            let pause = self.writing.after_failure(fastrand::f64());
+            Some((Instant::now() + pause, plan))
         };
         problems.extend(failed);
+    }
+
+    /// Makes the changes of `plan`. Returns what went wrong; if Consul went away it leaves the rest to the next time.
+    async fn change(&self, plan: &Plan) -> BTreeSet<String> {
+        let mut failed = BTreeSet::new();
+        let mut goes_on = |id: &str, done: Result<(), ConsulError>| {
+            let Err(error) = done else { return true };
+            failed.insert(not_carried_out(id, &error));
+            matches!(error, ConsulError::Status { .. })
+        };
+        for registration in &plan.register {
+            if !goes_on(&registration.id, self.register(registration).await) {
+                return failed;
+            }
+        }
+        for id in &plan.deregister {
+            if !goes_on(id, self.deregister(id).await) {
+                return failed;
+            }
+        }
+        failed
     }
 
     async fn register(&self, registration: &Registration) -> Result<(), ConsulError> {
@@ -605,13 +615,13 @@ fn is_of_this_host(address: IpAddr) -> bool {
 /// What the problems of registering and deregistering begin with.
 const NOT_CARRIED_OUT: &str = "Consul's agent does not take the registration of ";
 
-fn told((id, error): (String, ConsulError)) -> String {
+fn not_carried_out(id: &str, error: &ConsulError) -> String {
     let advice = if error.is_refused() {
         "; the agent's token needs `service:write` on the service and on <service>-sidestep-proxy"
     } else {
         ""
     };
-    format!("{NOT_CARRIED_OUT}{id:?}: {}{advice}", chain(&error))
+    format!("{NOT_CARRIED_OUT}{id:?}: {}{advice}", chain(error))
 }
 
 #[cfg(test)]
