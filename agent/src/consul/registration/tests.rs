@@ -570,3 +570,33 @@ fn addresses_of_this_host_are_told_from_others() {
         );
     }
 }
+
+#[tokio::test]
+async fn what_failed_waits_alone() {
+    let Some(consul) = RealConsul::start(json!({})).await else {
+        return;
+    };
+    let client = consul.client();
+    register(&client, &web(8080, "1")).await;
+    let mut setup = Setup::with_rules(&["web"], 21_500);
+    setup.ports = 21_500..=21_501;
+    let (mut registrar, local) = setup.registrar(client.clone());
+    assert!(registrar.prepare().await);
+    local.listening_at([21_500, 21_501].into());
+    let (service, instance) = local.instances().borrow()[0].clone();
+    let failed = Plan {
+        register: vec![node().registration(&service, &instance)],
+        ..Plan::default()
+    };
+    registrar.failed = Some((Instant::now() + Duration::from_hours(1), failed));
+    registrar.prepare().await;
+    assert!(!services(&client).await.0.contains_key("sidestep-web-1"));
+
+    let mut second = web(8081, "1");
+    second["ID"] = json!("web-2");
+    register(&client, &second).await;
+    registrar.prepare().await;
+    let now = services(&client).await.0;
+    assert!(now.contains_key("sidestep-web-1") && now.contains_key("sidestep-web-2"));
+    assert!(registrar.failed.is_none());
+}
