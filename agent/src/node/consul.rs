@@ -87,7 +87,8 @@ impl ConsulParts {
         let problems = watches
             .chain(source.problem.clone())
             .chain(source.problems.clone())
-            .chain(registrar.problems);
+            .chain(registrar.problems)
+            .chain(registrar.refused);
         let registered = registrar.registered.into_iter();
         ConsulStatus {
             address: self.address.clone(),

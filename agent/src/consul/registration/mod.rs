@@ -216,9 +216,9 @@ impl Registrar {
         (registrar, other_side)
     }
 
-    /// Looks once, so that [`LocalServices::instances`] says what to listen for before anything else begins. Registers
-    /// nothing, since nothing listens yet. Returns whether Consul's agent answered.
-    pub async fn prepare(&mut self) -> bool {
+    /// One look, for tests. Returns whether Consul's agent answered.
+    #[cfg(test)]
+    async fn look(&mut self) -> bool {
         let read = self.read().await;
         let answered = read.is_ok();
         self.follow(read).await;

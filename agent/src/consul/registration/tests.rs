@@ -501,13 +501,13 @@ async fn a_restarted_agent_knows_what_to_listen_for_before_it_begins_and_deregis
     first.shutdown.run("test", Duration::from_secs(20)).await;
 
     let (mut registrar, local) = Setup::with_rules(&["web"], 21_500).registrar(client.clone());
-    assert!(registrar.prepare().await);
+    assert!(registrar.look().await);
     let instances = local.instances().borrow().clone();
     assert_eq!(instances[0].1.tunnel.port(), 21_500);
     assert!(services(&client).await.0.contains_key("sidestep-web-1"));
 
     drop(consul);
-    assert!(!registrar.prepare().await, "Consul is away");
+    assert!(!registrar.look().await, "Consul is away");
     assert_eq!(
         *local.instances().borrow(),
         instances,
@@ -540,7 +540,7 @@ async fn a_socket_of_this_host_says_nothing_of_instances_that_are_elsewhere() {
         register(&client, &registration).await;
     }
     let (mut registrar, local) = setup.registrar(client);
-    assert!(registrar.prepare().await);
+    assert!(registrar.look().await);
     let instances = local.instances().borrow().clone();
     let delivered = instances
         .iter()
@@ -581,7 +581,7 @@ async fn what_failed_waits_alone() {
     let mut setup = Setup::with_rules(&["web"], 21_500);
     setup.ports = 21_500..=21_501;
     let (mut registrar, local) = setup.registrar(client.clone());
-    assert!(registrar.prepare().await);
+    assert!(registrar.look().await);
     local.listening_at([21_500, 21_501].into());
     let (service, instance) = local.instances().borrow()[0].clone();
     let failed = Plan {
@@ -589,13 +589,13 @@ async fn what_failed_waits_alone() {
         ..Plan::default()
     };
     registrar.failed = Some((Instant::now() + Duration::from_hours(1), failed));
-    registrar.prepare().await;
+    registrar.look().await;
     assert!(!services(&client).await.0.contains_key("sidestep-web-1"));
 
     let mut second = web(8081, "1");
     second["ID"] = json!("web-2");
     register(&client, &second).await;
-    registrar.prepare().await;
+    registrar.look().await;
     let now = services(&client).await.0;
     assert!(now.contains_key("sidestep-web-1") && now.contains_key("sidestep-web-2"));
     assert!(registrar.failed.is_none());
