@@ -6,7 +6,7 @@
 use std::{
     collections::{HashMap, hash_map::Entry},
     hash::Hash,
-    net::{IpAddr, Ipv6Addr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -19,7 +19,10 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    catalog::model::{InstanceId, ServiceName},
+    catalog::{
+        model::{InstanceId, ServiceName},
+        store::Catalog,
+    },
     identity::spiffe::SpiffeId,
     relay::Counts,
     telemetry::record::Direction,
@@ -67,6 +70,7 @@ pub struct Connection {
     /// Bytes so far.
     pub counts: Arc<Counts>,
     instance: Mutex<Option<InstanceId>>,
+    destination: Mutex<Option<SocketAddr>>,
     cut: CancellationToken,
     cut_reason: Mutex<Option<String>>,
 }
@@ -90,6 +94,25 @@ impl Connection {
     /// Notes the instance that carries it.
     pub fn carried_by(&self, instance: &InstanceId) {
         *self.instance.lock() = Some(instance.clone());
+    }
+
+    /// The virtual address that was called, if one was.
+    pub fn destination(&self) -> Option<SocketAddr> {
+        *self.destination.lock()
+    }
+
+    /// Notes the virtual address that was called.
+    pub fn called_at(&self, destination: SocketAddr) {
+        *self.destination.lock() = Some(destination);
+    }
+
+    /// Why it must end, if the virtual address that it called is another service's by `catalog`. An address that is
+    /// nobody's takes nothing away.
+    pub fn lost_address(&self, catalog: &Catalog) -> Option<String> {
+        let destination = self.destination()?;
+        let owner = &catalog.service_at(destination)?.name;
+        (*owner != self.service)
+            .then(|| format!("the virtual address {} is {owner}'s now", destination.ip()))
     }
 
     fn cut_because(&self, reason: String) {
@@ -207,6 +230,7 @@ impl Connections {
             started_at: SystemTime::now(),
             counts,
             instance: Mutex::default(),
+            destination: Mutex::default(),
             cut: CancellationToken::new(),
             cut_reason: Mutex::default(),
         });
@@ -280,7 +304,14 @@ fn network_of(peer: IpAddr) -> IpAddr {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::catalog::{
+        model::{Ports, Service, ServiceDefaults, Snapshot},
+        store::CatalogStore,
+        vip::{VipAllocator, VipPools},
+    };
 
     fn register(table: &Arc<Connections>, from: &str, to: &str) -> Registered {
         let id = format!("spiffe://example.test/ns/default/dc/dc1/svc/{from}");
@@ -309,6 +340,42 @@ mod tests {
             Some("intention deny")
         );
         assert_eq!(kept.connection.cut_reason(), None);
+    }
+
+    #[test]
+    fn only_an_address_of_another_service_is_lost() {
+        let pools = VipPools {
+            ipv4: "240.0.0.0/4".parse().unwrap(),
+            ipv6: "fd00::/64".parse().unwrap(),
+        };
+        let store = CatalogStore::new(VipAllocator::new(pools, None, Duration::ZERO).0);
+        let address: IpAddr = "240.0.0.80".parse().unwrap();
+        let owned_by = |owner: Option<&str>| {
+            let service = owner.map(|owner| Service {
+                name: owner.parse().unwrap(),
+                instances: vec![],
+                explicit_addresses: [address].into(),
+                ports: Ports::Any,
+                defaults: ServiceDefaults::default(),
+            });
+            let services = service
+                .into_iter()
+                .map(|it| (it.name.clone(), Arc::new(it)));
+            store.publish(Snapshot {
+                services: services.collect(),
+                ..Snapshot::default()
+            });
+            store.current()
+        };
+        let table = Connections::new(10);
+        let live = register(&table, "web", "db");
+        let lost = |owner| live.connection.lost_address(&owned_by(owner));
+        assert_eq!(lost(Some("other")), None);
+        live.connection.called_at((address, 80).into());
+        assert_eq!(lost(Some("db")), None);
+        assert_eq!(lost(None), None);
+        let reason = lost(Some("other")).unwrap();
+        assert_eq!(reason, "the virtual address 240.0.0.80 is other's now");
     }
 
     #[test]

@@ -157,6 +157,7 @@ impl Follower {
         node.outbound.balancer.retain(&catalog.snapshot);
         self.forget_certificates(&config);
         node.cut_forbidden();
+        node.cut_lost();
     }
 
     /// Takes tunnels for what is on this node now: by Consul's registrations, or by the catalog.

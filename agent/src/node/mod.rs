@@ -145,6 +145,20 @@ impl Node {
         }
     }
 
+    /// Cuts live connections whose virtual address went to another service.
+    fn cut_lost(&self) {
+        let catalog = self.catalog.current();
+        let cut = self
+            .connections
+            .cut_forbidden(|connection| connection.lost_address(&catalog));
+        if cut > 0 {
+            tracing::info!(
+                cut,
+                "connections cut whose virtual address is another service's now"
+            );
+        }
+    }
+
     /// Puts the intentions of `snapshot` in force, also for live connections.
     fn enforce(&self, snapshot: &Snapshot) {
         self.decide_by(snapshot);

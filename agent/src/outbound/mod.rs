@@ -161,6 +161,13 @@ impl Outbound {
             callee.service.name.clone(),
             Arc::clone(&counts),
         );
+        if matches!(wanted, Wanted::Captured) {
+            live.connection.called_at(captured.destination);
+            // Whoever moves the address from now on finds the connection; one who did so just now did not.
+            if let Some(reason) = live.connection.lost_address(&self.catalog.current()) {
+                return Outcome::Cut(reason);
+            }
+        }
         record.enter(Stage::Policy);
         let permit = match self.authorise(&caller, &callee, record) {
             Ok(permit) => permit,
