@@ -79,6 +79,7 @@ pub struct Watch<T> {
     request: Request,
     settings: WatchSettings,
     position: Position,
+    asked_at: Instant,
     pace: Pace,
     not_before: Option<Instant>,
     /// The leader is to answer: another server's answer was too old.
@@ -100,6 +101,7 @@ impl<T: DeserializeOwned + PartialEq + Content> Watch<T> {
             request,
             settings,
             position: Position::Unknown,
+            asked_at: Instant::now(),
             pace: Pace::new(settings.pace, Instant::now()),
             not_before: None,
             from_leader: false,
@@ -127,6 +129,7 @@ impl<T: DeserializeOwned + PartialEq + Content> Watch<T> {
                 sleep_until(not_before).await;
             }
             self.not_before = None;
+            self.asked_at = Instant::now();
             let answered = self.client.get::<T>(&self.next_request()).await;
             if let Some(event) = self.take(answered, Instant::now(), fastrand::f64()) {
                 return event;
@@ -201,7 +204,15 @@ impl<T: DeserializeOwned + PartialEq + Content> Watch<T> {
         }
         self.from_leader = false;
         let hash = answer.content_hash.as_deref();
-        self.position = self.position.after_answer(answer.index, hash);
+        let next = self.position.after_answer(answer.index, hash);
+        let is_early = now.saturating_duration_since(self.asked_at) < self.settings.wait;
+        self.position = if waited && is_early && next == self.position {
+            // Consul has thrown away the state that it waited on, and answered with it: it restored a snapshot. What is
+            // there now may have a lower index, so the next request does not wait.
+            Position::Unknown
+        } else {
+            next
+        };
         let pause = if answer.index.is_none() && hash.is_none() {
             self.pace.after_answer(now, random);
             self.settings.poll.mul_f64(0.75 + random / 2.0)
