@@ -397,11 +397,10 @@ fn away(
                 continue;
             }
         };
-        c.expect(
-            policy == AwayPolicy::Closed || capture.mode == CaptureMode::Ebpf,
-            &format!("{key}.policy"),
-            || "expected \"closed\": the others take capture.mode = \"ebpf\"".to_owned(),
-        );
+        let by_rules = capture.mode != CaptureMode::Ebpf && policy != AwayPolicy::Closed;
+        c.expect(!by_rules, &format!("{key}.policy"), || {
+            "expected \"closed\", for iptables rules do not know whether an agent runs".to_owned()
+        });
         let service = entry.service.clone();
         if policies.insert(entry.service, policy).is_some() {
             c.problem(

@@ -28,6 +28,8 @@ pub struct TunnelListeners {
     shared_port: u16,
     sockets: ListeningSockets,
     open: BTreeMap<u16, OpenPort>,
+    /// Ports that are declared and could not be opened.
+    failed: BTreeSet<u16>,
 }
 
 #[derive(Debug)]
@@ -62,6 +64,7 @@ impl TunnelListeners {
             shared_port,
             sockets,
             open: BTreeMap::new(),
+            failed: BTreeSet::new(),
         };
         listeners.start(shared_port)?;
         Ok(listeners)
@@ -78,13 +81,26 @@ impl TunnelListeners {
             }
             keep
         });
+        self.failed.retain(|port| declared.contains(port));
         for port in declared {
-            if !self.open.contains_key(port)
-                && let Err(error) = self.start(*port)
-            {
-                tracing::error!(error = %chain(&error), "tunnel port not opened");
+            if self.open.contains_key(port) {
+                continue;
+            }
+            match self.start(*port) {
+                Ok(()) => drop(self.failed.remove(port)),
+                // Told once: it may be tried again every second.
+                Err(error) => {
+                    if self.failed.insert(*port) {
+                        tracing::error!(error = %chain(&error), "tunnel port not opened");
+                    }
+                }
             }
         }
+    }
+
+    /// Whether a declared port could not be opened.
+    pub fn is_incomplete(&self) -> bool {
+        !self.failed.is_empty()
     }
 
     /// Where the node takes tunnels now.

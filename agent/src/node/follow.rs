@@ -97,7 +97,11 @@ impl Follower {
                 if self.behind {
                     self.apply_catalog();
                 }
-                self.follow_upstreams();
+                if self.tunnels.is_incomplete() {
+                    self.follow_local();
+                } else {
+                    self.follow_upstreams();
+                }
             }
             _ = self.sweep.tick() => self.sweep_flows(),
         }
@@ -171,10 +175,11 @@ impl Follower {
             None => Targets::new(node.catalog.current().instances_on(&node.name), &node.local),
         };
         let ports = targets.ports();
+        // First: who comes in by a new port finds its instance.
+        node.inbound.targets.store(Arc::new(targets));
         self.tunnels.follow(&ports);
         let open = self.tunnels.addresses();
         node.tunnel_addresses.lock().clone_from(&open);
-        node.inbound.targets.store(Arc::new(targets));
         let Some(consul) = &node.consul else {
             return;
         };
