@@ -4,7 +4,7 @@
 mod asking;
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{BTreeSet, HashMap, HashSet, VecDeque},
     sync::{Arc, atomic::AtomicBool, atomic::Ordering},
     time::Duration,
 };
@@ -72,7 +72,7 @@ enum Ended {
 pub(super) struct Runner {
     client: Client,
     settings: SourceSettings,
-    local: watch::Receiver<Option<std::collections::BTreeSet<ServiceName>>>,
+    local: watch::Receiver<Option<BTreeSet<ServiceName>>>,
     wanted: mpsc::Receiver<Wanted>,
     shared: Arc<Shared>,
     state: State,
@@ -202,6 +202,7 @@ impl Runner {
             }
             Message::Resolvers(resolvers) => {
                 self.state.resolvers = Some(resolvers.names());
+                self.state.rebuild();
                 // Any of them may lead to any other: all chains are asked for again.
                 if let Some(chains) = self.chains.take() {
                     chains.abort();
@@ -209,10 +210,16 @@ impl Runner {
                 self.choose_soon();
                 self.ask_for_chains(self.state.with_resolver());
             }
-            Message::Defaults(defaults) => self.state.defaults = Some(defaults),
-            Message::Global(global) => self.state.global = Some(global),
+            Message::Defaults(defaults) => {
+                self.state.defaults = Some(defaults);
+                self.state.rebuild();
+            }
+            Message::Global(global) => {
+                self.state.global = Some(global);
+                self.state.rebuild();
+            }
             Message::Chain(name, plan) => {
-                if self.state.plans.insert(name, plan.clone()) != Some(plan) {
+                if self.state.plan(name, plan) {
                     self.choose_soon();
                 }
             }
@@ -255,7 +262,7 @@ impl Runner {
 
     fn know(&mut self, query: Query, known: Arc<Endpoints>) {
         let is_empty = known.is_empty();
-        let before = self.state.endpoints.insert(query, known);
+        let before = self.state.know(query, known);
         if before.is_none_or(|before| before.is_empty() != is_empty) {
             self.choose_by(Instant::now() + RANK_EVERY);
         }
@@ -276,7 +283,7 @@ impl Runner {
     }
 
     /// A service becomes callable when its proxy is registered, under a name that mostly begins with its own.
-    fn read_what_new_names_concern(&mut self, names: &std::collections::BTreeSet<ServiceName>) {
+    fn read_what_new_names_concern(&mut self, names: &BTreeSet<ServiceName>) {
         let Some(before) = &self.state.names else {
             return;
         };
@@ -371,14 +378,12 @@ impl Runner {
 
     /// Tells connections which services need no fresh read: those all of whose queries are watched.
     fn share_watched(&self) {
-        let watched = self
-            .queries
-            .iter()
-            .map(|query| &query.service)
-            .filter(|service| {
-                self.queries_of(service)
-                    .all(|query| self.to_watch.contains(&query))
-            });
+        let of_queries = self.to_watch.iter().map(|query| &query.service);
+        let services: BTreeSet<&ServiceName> = of_queries.chain(self.state.plans.keys()).collect();
+        let watched = services.into_iter().filter(|service| {
+            self.queries_of(service)
+                .all(|query| self.to_watch.contains(&query))
+        });
         let watched: HashMap<ServiceName, AtomicBool> = watched
             .map(|service| (service.clone(), AtomicBool::new(false)))
             .collect();

@@ -56,9 +56,38 @@ pub(super) struct State {
     pub(super) is_outdated: bool,
     /// What is in the snapshot, by [`Self::choose`].
     chosen: BTreeSet<ServiceName>,
-    /// As last built: what did not change is shared.
+    /// As last built.
     built: BTreeMap<ServiceName, Arc<Service>>,
+    /// What is to be built again.
+    stale: Stale,
     was_whole: bool,
+}
+
+/// Which services follow from something that changed since they were built.
+#[derive(Debug)]
+enum Stale {
+    All,
+    These(BTreeSet<ServiceName>),
+}
+
+/// What follows for one service.
+enum Built {
+    Service(Service),
+    /// It cannot be called: what has no instance that speaks mutual TLS gets no virtual address.
+    Nothing,
+    /// Something of it is not read: what was known before stays.
+    NotYet,
+}
+
+impl Stale {
+    fn add(&mut self, name: &ServiceName) {
+        match self {
+            Self::All => {}
+            Self::These(names) => {
+                names.insert(name.clone());
+            }
+        }
+    }
 }
 
 impl State {
@@ -79,6 +108,7 @@ impl State {
             is_outdated: true,
             chosen: BTreeSet::new(),
             built: BTreeMap::new(),
+            stale: Stale::All,
             was_whole: false,
         }
     }
@@ -118,9 +148,44 @@ impl State {
         };
         chosen.extend(local);
         let resolvers = self.resolvers.as_ref();
-        self.plans
-            .retain(|name, _| resolvers.is_some_and(|with| with.contains(name)));
+        let stale = &mut self.stale;
+        self.plans.retain(|name, _| {
+            let has_one = resolvers.is_some_and(|with| with.contains(name));
+            if !has_one {
+                stale.add(name);
+            }
+            has_one
+        });
+        for changed in self.chosen.symmetric_difference(&chosen) {
+            self.stale.add(changed);
+        }
         self.chosen = chosen;
+    }
+
+    /// What holds for all services changed.
+    pub(super) fn rebuild(&mut self) {
+        self.stale = Stale::All;
+    }
+
+    /// Takes the compiled chain of a service; says whether it is another than before.
+    pub(super) fn plan(&mut self, name: ServiceName, plan: Plan) -> bool {
+        if self.plans.get(&name) == Some(&plan) {
+            return false;
+        }
+        self.stale.add(&name);
+        self.plans.insert(name, plan);
+        true
+    }
+
+    /// Takes the instances of a query; returns those from before.
+    pub(super) fn know(&mut self, query: Query, known: Arc<Endpoints>) -> Option<Arc<Endpoints>> {
+        self.stale.add(&query.service);
+        for (name, plan) in &self.plans {
+            if plan.targets.iter().any(|target| target.query == query) {
+                self.stale.add(name);
+            }
+        }
+        self.endpoints.insert(query, known)
     }
 
     /// Which of them have a resolver, so that their chain is to be asked for.
@@ -162,8 +227,9 @@ impl State {
                 .iter()
                 .flat_map(|plan| &plan.targets)
                 .map(|target| target.query.clone());
-            let own = (plan.is_none() || local.contains(name)).then(|| Query::of(name));
-            for query in planned.chain(own) {
+            // Its own also where its callers are sent elsewhere: they have its addresses, and the local ones take
+            // calls from elsewhere.
+            for query in planned.chain([Query::of(name)]) {
                 if seen.insert(query.clone()) {
                     queries.push(query);
                 }
@@ -194,23 +260,48 @@ impl State {
                     .with_resolver()
                     .iter()
                     .all(|name| self.plans.contains_key(name))
+                // Only then is it worth while to look at each.
+                && self.endpoints.len() >= queries.len()
                 && queries
                     .iter()
                     .all(|query| self.endpoints.contains_key(query));
         self.was_whole
     }
 
-    /// The catalog as far as it is known. `queries` are those of [`Self::queries`].
+    /// The catalog as far as it is known. `queries` are those of [`Self::queries`]. What did not change is shared with
+    /// the snapshot before.
     pub(super) fn snapshot(&mut self, queries: &[Query]) -> Snapshot {
-        let services = self.chosen.iter().filter_map(|name| {
-            let service = self.service(name)?;
-            let service = match self.built.get(name) {
-                Some(built) if **built == service => Arc::clone(built),
-                Some(_) | None => Arc::new(service),
+        let stale = std::mem::replace(&mut self.stale, Stale::These(BTreeSet::new()));
+        let stale = match stale {
+            Stale::All => {
+                let chosen = &self.chosen;
+                self.built.retain(|name, _| chosen.contains(name));
+                self.chosen.clone()
+            }
+            Stale::These(names) => names,
+        };
+        for name in stale {
+            let built = if self.chosen.contains(&name) {
+                self.service(&name)
+            } else {
+                Built::Nothing
             };
-            Some((name.clone(), service))
-        });
-        self.built = services.collect();
+            match built {
+                Built::NotYet => {}
+                Built::Nothing => {
+                    self.built.remove(&name);
+                }
+                Built::Service(service) => {
+                    if self
+                        .built
+                        .get(&name)
+                        .is_none_or(|before| **before != service)
+                    {
+                        self.built.insert(name, Arc::new(service));
+                    }
+                }
+            }
+        }
         let policy = self.policy.clone().unwrap_or_default();
         Snapshot {
             is_whole: self.is_whole(queries),
@@ -220,28 +311,32 @@ impl State {
         }
     }
 
-    /// `None` for what cannot be called: what has no instance that speaks mutual TLS gets no virtual address.
-    fn service(&self, name: &ServiceName) -> Option<Service> {
-        let own = self.endpoints.get(&Query::of(name));
-        let mut instances = match self.plans.get(name) {
-            Some(plan) => plan.instances(|query| self.endpoints.get(query).map(AsRef::as_ref))?,
-            None if self.resolvers.as_ref()?.contains(name) => return None,
+    fn service(&self, name: &ServiceName) -> Built {
+        let (Some(own), Some(resolvers)) = (self.endpoints.get(&Query::of(name)), &self.resolvers)
+        else {
+            return Built::NotYet;
+        };
+        let known = |query: &Query| self.endpoints.get(query).map(AsRef::as_ref);
+        let instances = match self.plans.get(name) {
+            Some(plan) => plan.instances(known),
+            None if resolvers.contains(name) => None,
             None => {
-                let endpoints = &own?.list;
-                endpoints.iter().map(|e| Arc::clone(&e.instance)).collect()
+                let own = own.list.iter();
+                Some(own.map(|e| Arc::clone(&e.instance)).collect())
             }
+        };
+        let Some(mut instances) = instances else {
+            return Built::NotYet;
         };
         self.add_local(own, &mut instances);
         if instances.is_empty() {
-            return None;
+            return Built::Nothing;
         }
         let defaults = self.defaults.as_ref().and_then(|all| all.0.get(name));
-        Some(Service {
+        Built::Service(Service {
             name: name.clone(),
             instances,
-            explicit_addresses: own
-                .map(|own| own.explicit_addresses.clone())
-                .unwrap_or_default(),
+            explicit_addresses: own.explicit_addresses.clone(),
             ports: Ports::Any,
             defaults: match &self.global {
                 Some(global) => global.under(defaults),
@@ -252,10 +347,10 @@ impl State {
 
     /// Instances of this node are delivered to whether or not callers of the service are sent to them: those that a
     /// resolver leaves out are listed as taking nothing from here.
-    fn add_local(&self, own: Option<&Arc<Endpoints>>, instances: &mut Vec<Arc<Instance>>) {
+    fn add_local(&self, own: &Endpoints, instances: &mut Vec<Arc<Instance>>) {
         let here = own
+            .list
             .iter()
-            .flat_map(|own| &own.list)
             .map(|endpoint| &endpoint.instance)
             .filter(|instance| instance.node == self.node);
         for instance in here {

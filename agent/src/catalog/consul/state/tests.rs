@@ -98,9 +98,7 @@ fn only_what_concerns_this_node_is_read() {
         "web api consul db db-sidecar-proxy web-sidecar-proxy"
     );
     // What is called comes first, then what can be called.
-    state
-        .endpoints
-        .insert(Query::of(&name("db")), known(&[("db-1", "n2", "passing")]));
+    state.know(Query::of(&name("db")), known(&[("db-1", "n2", "passing")]));
     state.wanted.insert(name("consul"), Instant::now());
     assert_eq!(
         read(&state),
@@ -112,11 +110,9 @@ fn only_what_concerns_this_node_is_read() {
 fn a_catalog_is_whole_when_everything_was_read() {
     let mut state = state();
     assert_eq!(shown(&mut state), (false, vec![]));
-    state
-        .endpoints
-        .insert(Query::of(&name("db")), known(&[("db-1", "n2", "passing")]));
+    state.know(Query::of(&name("db")), known(&[("db-1", "n2", "passing")]));
     assert_eq!(shown(&mut state), (false, vec!["db: db-1*1".to_owned()]));
-    state.endpoints.insert(Query::of(&name("web")), known(&[]));
+    state.know(Query::of(&name("web")), known(&[]));
     // web cannot be called: no proxy. It gets no address.
     assert_eq!(shown(&mut state), (true, vec!["db: db-1*1".to_owned()]));
     // And whole it stays.
@@ -129,9 +125,7 @@ fn a_catalog_is_whole_when_everything_was_read() {
     for part in 0..6 {
         let mut state = self::state();
         for service in ["db", "web"] {
-            state
-                .endpoints
-                .insert(Query::of(&name(service)), known(&[]));
+            state.know(Query::of(&name(service)), known(&[]));
         }
         match part {
             0 => state.local = None,
@@ -149,13 +143,11 @@ fn a_catalog_is_whole_when_everything_was_read() {
 fn a_name_that_left_the_list_stays_until_its_own_answer_is_empty() {
     let mut state = state();
     let db = Query::of(&name("db"));
-    state
-        .endpoints
-        .insert(db.clone(), known(&[("db-1", "n2", "passing")]));
+    state.know(db.clone(), known(&[("db-1", "n2", "passing")]));
     state.names = Some(names(&["consul"]));
     state.choose();
     assert_eq!(shown(&mut state).1, ["db: db-1*1"]);
-    state.endpoints.insert(db, known(&[]));
+    state.know(db, known(&[]));
     state.choose();
     assert_eq!(shown(&mut state).1, [""; 0]);
     assert_eq!(state.queries(), [Query::of(&name("web"))]);
@@ -165,9 +157,7 @@ fn a_name_that_left_the_list_stays_until_its_own_answer_is_empty() {
 fn what_nobody_here_may_call_any_more_is_forgotten() {
     let mut state = state();
     let db = Query::of(&name("db"));
-    state
-        .endpoints
-        .insert(db.clone(), known(&[("db-1", "n2", "passing")]));
+    state.know(db.clone(), known(&[("db-1", "n2", "passing")]));
     state.policy = Some(Arc::default());
     state.policy = Some(Arc::new(Policy {
         default: Some(IntentionAction::Deny),
@@ -188,11 +178,16 @@ fn a_resolver_decides_whose_instances_are_called() {
     state.resolvers = Some(resolvers.names());
     state.choose();
     assert_eq!(state.with_resolver(), [name("db"), name("web")]);
-    state
-        .endpoints
-        .insert(Query::of(&name("db")), known(&[("db-1", "n2", "passing")]));
+    state.know(Query::of(&name("db")), known(&[("db-1", "n2", "passing")]));
     // Until the chain is known, nobody is sent to the wrong place.
     assert_eq!(shown(&mut state), (false, vec![]));
+    // What was known before stays so long.
+    let mut later = self::state();
+    later.know(Query::of(&name("db")), known(&[("db-1", "n2", "passing")]));
+    assert_eq!(shown(&mut later).1, ["db: db-1*1"]);
+    later.resolvers.clone_from(&state.resolvers);
+    later.choose();
+    assert_eq!(shown(&mut later).1, ["db: db-1*1"]);
     let chain = |service: &str, filter: &str| -> ChainAnswer {
         serde_json::from_value(json!({"Chain": {"Datacenter": "dc1", "StartNode": "r",
             "Nodes": {"r": {"Resolver": {"Target": "t"}}},
@@ -201,7 +196,7 @@ fn a_resolver_decides_whose_instances_are_called() {
     };
     for (service, target, filter) in [("db", "db-standby", ""), ("web", "web", "v2")] {
         let plan = Plan::of_chain(&name(service), &chain(target, filter)).unwrap();
-        state.plans.insert(name(service), plan);
+        state.plan(name(service), plan);
     }
     let queries = state.queries();
     let standby = Query::of(&name("db-standby"));
@@ -209,20 +204,20 @@ fn a_resolver_decides_whose_instances_are_called() {
         filter: "v2".into(),
         ..Query::of(&name("web"))
     };
-    // The local service's own instances are read as well, for those who call them from elsewhere.
     assert_eq!(
         queries,
-        [v2.clone(), Query::of(&name("web")), standby.clone()]
+        [
+            v2.clone(),
+            Query::of(&name("web")),
+            standby.clone(),
+            Query::of(&name("db"))
+        ]
     );
     state.retain(&queries);
-    state
-        .endpoints
-        .insert(standby, known(&[("standby-1", "n3", "passing")]));
-    state
-        .endpoints
-        .insert(v2, known(&[("web-2", "n2", "passing")]));
+    state.know(standby, known(&[("standby-1", "n3", "passing")]));
+    state.know(v2, known(&[("web-2", "n2", "passing")]));
     let own = known(&[("web-1", "n1", "passing"), ("web-2", "n2", "passing")]);
-    state.endpoints.insert(Query::of(&name("web")), own);
+    state.know(Query::of(&name("web")), own);
     assert_eq!(
         shown(&mut state),
         (
