@@ -143,6 +143,11 @@ impl Resolvers {
     pub(super) fn names(&self) -> BTreeSet<ServiceName> {
         self.0.keys().cloned().collect()
     }
+
+    /// Services that had one and have none in `now`.
+    pub(super) fn vanished<'a>(&'a self, now: &'a Self) -> impl Iterator<Item = &'a ServiceName> {
+        self.0.keys().filter(|name| !now.0.contains_key(*name))
+    }
 }
 
 /// A number, also as HCL's authors and `consul config write` leave it: as text.
@@ -210,6 +215,8 @@ mod tests {
                 .unwrap()
         };
         assert_ne!(read(7), read(8));
+        assert_eq!(read(7).vanished(&read(8)).count(), 0);
+        assert_eq!(read(7).vanished(&Resolvers::default()).count(), 1);
         assert_eq!(read(7).names().len(), 1);
     }
 }

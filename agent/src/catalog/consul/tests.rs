@@ -394,6 +394,61 @@ async fn a_token_that_loses_its_rights_loses_nothing_else() {
 }
 
 #[tokio::test]
+async fn a_resolver_that_is_out_of_sight_still_holds() {
+    let acl = json!({"acl": {"enabled": true, "default_policy": "deny", "tokens": {"master": "root-token"}}});
+    let Some(consul) = RealConsul::start(acl).await else {
+        return;
+    };
+    let root = consul.client_with("root", "root-token");
+    let rules = |service: &str| {
+        let rules = format!(
+            "service_prefix \"\" {{policy=\"read\"}} node_prefix \"\" {{policy=\"read\"}} \
+             service \"db\" {{policy=\"{service}\"}}"
+        );
+        json!({"Name": "p", "Rules": rules})
+    };
+    let id = create_policy(&root, &rules("read")).await;
+    let secret = "11111111-2222-3333-4444-555555555555";
+    let token = json!({"SecretID": secret, "Policies": [{"Name": "p"}]});
+    let tokens = Request::to(&["v1", "acl", "token"]);
+    root.put(&tokens, &token).await.unwrap();
+    intend(&root, "web", "*", "allow").await;
+    for (service, port) in [("db", 21000), ("standby", 21001), ("web", 21002)] {
+        register(&root, &with_sidecar(service, 80, port)).await;
+    }
+    configure(
+        &root,
+        json!({"Kind": "service-resolver", "Name": "db", "Redirect": {"Service": "standby"}}),
+    )
+    .await;
+    let mut running = Running::start(consul.client_with("token", secret), 128);
+    running.set_local(&["web"]);
+    // The own instance is listed for calls from elsewhere.
+    let redirected = ["standby-1*1", "db-1*0"].map(str::to_owned).to_vec();
+    running
+        .until("redirected", |s| shown(s).get("db") == Some(&redirected))
+        .await;
+    let update = Request::to(&["v1", "acl", "policy", &id]);
+    root.put(&update, &rules("deny")).await.unwrap();
+    let doubted = async {
+        loop {
+            // An entry of the same kind, so that the query is answered.
+            configure(&root, json!({"Kind": "service-resolver", "Name": "x"})).await;
+            let status = running.handle.status();
+            let mut watches = status.watches.iter();
+            if watches.any(|w| w.path.contains("service-resolver") && w.problem.is_some()) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    let reached = timeout(Duration::from_secs(10), doubted).await;
+    reached.unwrap_or_else(|_elapsed| panic!("{:#?}", running.handle.status()));
+    let now = running.snapshots.borrow().clone().unwrap();
+    assert_eq!(shown(&now).get("db"), Some(&redirected));
+}
+
+#[tokio::test]
 async fn a_consul_that_is_away_takes_nothing_with_it() {
     let Some(mut consul) = RealConsul::start(json!({})).await else {
         return;

@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use tokio::{
     sync::mpsc,
-    time::{Instant, sleep},
+    time::{Instant, sleep, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -19,6 +19,7 @@ use crate::{
         consul::{
             Message,
             chain::{ChainAnswer, ChainRequest, Plan, Query},
+            entries::Resolvers,
             policy,
             services::Endpoints,
         },
@@ -31,6 +32,7 @@ use crate::{
         position::{Pace, PaceLimits},
         watch::WatchStatus,
     },
+    telemetry::log::chain,
 };
 
 /// Of the names under which a service's instances were seen, how many are asked about once all have vanished.
@@ -45,7 +47,24 @@ impl Runner {
         let global = ["v1", "config", "proxy-defaults"];
         self.ask_for(&global, Message::Global, Some(Arc::default));
         let resolvers = ["v1", "config", "service-resolver"];
-        self.ask_for(&resolvers, Message::Resolvers, Some(Arc::default));
+        let watch = Watch::new(
+            self.client.clone(),
+            Request::to(&resolvers),
+            self.settings.watch,
+        );
+        self.fixed.push(watch.status());
+        let made_sure = Arc::new(Mutex::new(WatchStatus {
+            path: "/v1/config/service-resolver/:name".to_owned(),
+            good_at: None,
+            problem: None,
+        }));
+        self.fixed.push(Arc::clone(&made_sure));
+        let client = self.client.clone();
+        let following = follow_resolvers(client, watch, made_sure, self.into.clone());
+        self.tasks.spawn(async move {
+            following.await;
+            Ended::Other
+        });
         let request = Request::to(&["v1", "connect", "intentions"]);
         let watch = Watch::new(self.client.clone(), request, self.settings.watch);
         self.fixed.push(watch.status());
@@ -183,6 +202,70 @@ async fn follow<T: DeserializeOwned + PartialEq + Content>(
     }
 }
 
+/// Makes sure, before the resolver of a service is dropped, that it is gone and not only out of the token's sight.
+async fn follow_resolvers(
+    client: Client,
+    mut watch: Watch<Resolvers>,
+    status: Arc<Mutex<WatchStatus>>,
+    into: mpsc::Sender<Message>,
+) {
+    let mut before = Arc::<Resolvers>::default();
+    let mut now: Option<Arc<Resolvers>> = None;
+    let mut pace = Pace::new(PaceLimits::default(), Instant::now());
+    let mut again_at = Instant::now();
+    loop {
+        tokio::select! {
+            event = watch.next() => match event {
+                Event::Changed(answer) => now = Some(answer.body),
+                // As with the other entries.
+                Event::Doubtful(Doubt::LostRights) if watch.last().is_none() => now = Some(Arc::default()),
+                Event::Failed(error) if error.is_refused() && watch.last().is_none() => now = Some(Arc::default()),
+                Event::Doubtful(_) | Event::Failed(_) => continue,
+            },
+            () = sleep_until(again_at), if now.is_some() => {}
+        }
+        let Some(new) = now.take() else { continue };
+        let checked = are_gone(&client, before.vanished(&new)).await;
+        {
+            let mut status = status.lock();
+            if checked.is_ok() {
+                status.good_at = Some(Instant::now());
+            }
+            status.problem = checked.as_ref().err().cloned();
+        }
+        if checked.is_err() {
+            again_at = Instant::now() + pace.after_failure(fastrand::f64());
+            now = Some(new);
+            continue;
+        }
+        pace.after_answer(Instant::now(), 0.0);
+        before = Arc::clone(&new);
+        if into.send(Message::Resolvers(new)).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn are_gone(
+    client: &Client,
+    services: impl Iterator<Item = &ServiceName>,
+) -> Result<(), String> {
+    for service in services.take(NAMES_ASKED_ABOUT) {
+        let request = Request::to(&["v1", "config", "service-resolver", service.as_str()]);
+        match client.get::<IgnoredAny>(&request).await {
+            Err(error) if error.is_not_found() => {}
+            Err(error) if error.is_refused() => return Err(Doubt::LostRights.to_string()),
+            Err(error) => return Err(chain(&error).to_string()),
+            Ok(_) => {
+                return Err(format!(
+                    "service-resolver {service} is there and not listed"
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
 async fn follow_endpoints(
     query: Query,
     mut watch: Box<Watch<Endpoints>>,
@@ -262,7 +345,7 @@ async fn chains(client: Client, mut services: VecDeque<ServiceName>, into: mpsc:
                 plan
             }),
             Err(error) => {
-                tracing::debug!(%service, error = %crate::telemetry::log::chain(&error), "no discovery chain");
+                tracing::debug!(%service, error = %chain(&error), "no discovery chain");
                 services.push_back(service);
                 sleep(pace.after_failure(fastrand::f64())).await;
                 continue;
