@@ -129,14 +129,10 @@ impl Demo {
             let service = entry.get("Service").context("no service")?;
             let text = |key: &str| service.get(key).cloned().unwrap_or_default();
             said(&format!(
-                "{} {} at port {} for {}",
+                "{} {} at port {}",
                 text("Kind"),
                 text("ID"),
-                text("Port"),
-                service
-                    .pointer("/Proxy/DestinationServiceID")
-                    .cloned()
-                    .unwrap_or_default()
+                text("Port")
             ));
         }
         Ok(())

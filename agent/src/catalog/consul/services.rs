@@ -16,6 +16,7 @@ use crate::{
     consul::{
         answers::{HealthEntry, List, TaggedAddress},
         judge::Content,
+        registration::plan::META_INSTANCE,
     },
 };
 
@@ -153,7 +154,8 @@ fn id(
 ) -> Result<InstanceId, String> {
     let service = &entry.service;
     let destination = service.proxy.destination_service_id.as_str();
-    for candidate in [destination, service.id.as_str()] {
+    let ours = service.meta.get(META_INSTANCE).map_or("", String::as_str);
+    for candidate in [destination, ours, service.id.as_str()] {
         if candidate.is_empty() {
             continue;
         }

@@ -194,7 +194,8 @@ async fn an_instance_is_registered_followed_and_deregistered() {
         "no workload of this node"
     );
     let ours = &all.0["sidestep-web-1"];
-    assert_eq!(ours.proxy.destination_service_id, "web-1");
+    assert_eq!(ours.proxy.destination_service_id, "");
+    assert_eq!(ours.meta["sidestep-instance"], "web-1");
     assert_eq!(ours.meta["sidestep"], "1.2.3");
 
     // Callers find it as soon as both of its checks pass.

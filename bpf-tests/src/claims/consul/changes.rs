@@ -21,6 +21,11 @@ use crate::{
 /// How soon new connections follow Consul's answer.
 const AT_ONCE: u64 = 200;
 
+/// Where `red` and `blue` listen, and by how much their sidecars are beside that.
+const RED: u16 = 8_081;
+const BLUE: u16 = 8_082;
+const SIDECARS: u16 = 1_000;
+
 pub(super) fn an_endpoint_change_is_followed_at_once(size: Size) -> Result<Finding> {
     let rounds = size.pick(5_usize, 50);
     let mut mesh = ConsulMesh::dev("c-endpoint")?;
@@ -90,6 +95,7 @@ fn switch(mesh: &ConsulMesh, pair: IpAddr, gone: &str, stays: &str) -> Result<u6
 /// Waits, with Consul's blocking queries, until just these instances of `pair` are healthy. Returns when Consul said so.
 fn until_healthy(api: &Api, wanted: &[&str]) -> Result<u64> {
     let mut index = "0".to_owned();
+    let mut last = String::new();
     let clock = Stopwatch::start();
     while clock.elapsed() < SOON {
         let path = format!("health/connect/pair?passing&wait=5s&index={index}");
@@ -97,22 +103,19 @@ fn until_healthy(api: &Api, wanted: &[&str]) -> Result<u64> {
         let found = answer.header("x-consul-index").context("no index")?;
         found.clone_into(&mut index);
         let now = monotonic_ms();
+        answer.body.clone_into(&mut last);
         let all = answer.json()?;
         let all = all.as_array().context("no list of instances")?;
         let is = |id: &str| {
             all.iter()
-                .filter_map(|entry| {
-                    entry
-                        .pointer("/Service/Proxy/DestinationServiceID")?
-                        .as_str()
-                })
+                .filter_map(|entry| entry.pointer("/Service/Meta/sidestep-instance")?.as_str())
                 .any(|found| found == id)
         };
         if all.len() == wanted.len() && wanted.iter().all(|id| is(id)) {
             return Ok(now);
         }
     }
-    Err(anyhow!("{wanted:?} are not what is healthy"))
+    Err(anyhow!("{wanted:?} are not what is healthy: {last}"))
 }
 
 /// `red` and `blue` are behind sidecars, whose registrations have the addresses: that is where Consul puts them.
@@ -154,11 +157,6 @@ pub(super) fn swapped_virtual_addresses_lead_to_their_new_owners(_size: Size) ->
         ),
     ))
 }
-
-/// Where `red` and `blue` listen, and by how much their sidecars are beside that.
-const RED: u16 = 8_081;
-const BLUE: u16 = 8_082;
-const SIDECARS: u16 = 1_000;
 
 /// Registers `service` with a sidecar that has a virtual address, as newer versions of Consul give them.
 fn give(mesh: &ConsulMesh, service: &str, port: u16, address: Option<IpAddr>) -> Result<()> {

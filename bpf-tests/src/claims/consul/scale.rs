@@ -94,7 +94,8 @@ fn processor(node: &Node, during: impl FnOnce() -> Result<()>) -> Result<f64> {
     Ok(100.0 * used.as_secs_f64() / clock.elapsed().as_secs_f64())
 }
 
-/// Instance `index` of service number `service`, in its state `version`, as catalogs take what no agent registers.
+/// Instance `index` of service number `service`, in its state `version`, as catalogs take what no agent registers:
+/// one that speaks TLS itself.
 fn instance(service: usize, index: usize, version: u32) -> (&'static str, Value) {
     let name = format!("many-{service}");
     let address = format!("10.78.{index}.1");
@@ -102,16 +103,12 @@ fn instance(service: usize, index: usize, version: u32) -> (&'static str, Value)
         "Node": format!("far-{index}"),
         "Address": address,
         "Service": {
-            "Kind": "connect-proxy",
-            "ID": format!("{name}-{index}-proxy"),
-            "Service": format!("{name}-proxy"),
+            "ID": format!("{name}-{index}"),
+            "Service": name,
             "Address": address,
             "Port": 20_000,
             "Meta": { "version": version.to_string() },
-            "Proxy": {
-                "DestinationServiceName": name,
-                "DestinationServiceID": format!("{name}-{index}"),
-            },
+            "Connect": { "Native": true },
         },
     });
     ("catalog/register", body)

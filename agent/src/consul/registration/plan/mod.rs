@@ -21,6 +21,10 @@ pub const META_VERSION: &str = "sidestep";
 /// `Meta` of our registrations: the agent's node, so that two agents at one Consul agent leave each other's alone.
 pub const META_NODE: &str = "sidestep-node";
 
+/// `Meta` of our registrations: the instance behind it. In Consul's own field for it, the tools that start a sidecar by the
+/// instance's id (`consul connect proxy -sidecar-for`, `consul connect envoy -sidecar-for`) would find two, and refuse.
+pub const META_INSTANCE: &str = "sidestep-instance";
+
 const KIND: &str = "connect-proxy";
 
 /// How often Consul tries the port of a registration, and how long it waits.
@@ -116,6 +120,7 @@ impl OwnNode {
         let mut meta = instance.meta.clone();
         meta.insert(META_VERSION.to_owned(), self.version.clone());
         meta.insert(META_NODE.to_owned(), self.name.to_string());
+        meta.insert(META_INSTANCE.to_owned(), instance.id.to_string());
         let weight = |weight: u32| i64::from(weight);
         Registration {
             id: format!("{ID_PREFIX}{}", instance.id),
@@ -131,7 +136,6 @@ impl OwnNode {
             },
             proxy: RegisteredProxy {
                 destination_service_name: service.to_string(),
-                destination_service_id: instance.id.to_string(),
                 local_service_address: instance.local.ip().to_string(),
                 local_service_port: instance.local.port(),
             },
@@ -194,8 +198,6 @@ struct RegisteredWeights {
 #[serde(rename_all = "PascalCase")]
 struct RegisteredProxy {
     destination_service_name: String,
-    #[serde(rename = "DestinationServiceID")]
-    destination_service_id: String,
     local_service_address: String,
     local_service_port: u16,
 }
@@ -232,7 +234,7 @@ impl Registration {
             && entry.meta == self.meta
             && weights.as_ref() == Some(&self.weights)
             && proxy.destination_service_name == self.proxy.destination_service_name
-            && proxy.destination_service_id == self.proxy.destination_service_id
+            && proxy.destination_service_id.is_empty()
             && proxy.local_service_address == self.proxy.local_service_address
             && proxy.local_service_port == self.proxy.local_service_port
     }

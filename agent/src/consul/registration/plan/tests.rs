@@ -57,9 +57,10 @@ fn a_registration_is_a_connect_proxy_with_all_that_the_service_says() {
     let expected = json!({
         "ID": "sidestep-web-1", "Name": "web-sidestep-proxy", "Kind": "connect-proxy",
         "Address": "192.0.2.1", "Port": 21500, "Tags": ["v1"],
-        "Meta": {"version": "1", "sidestep": "1.2.3", "sidestep-node": "node-a"},
+        "Meta": {"version": "1", "sidestep": "1.2.3", "sidestep-node": "node-a",
+            "sidestep-instance": "web-1"},
         "Weights": {"Passing": 10, "Warning": 2},
-        "Proxy": {"DestinationServiceName": "web", "DestinationServiceID": "web-1",
+        "Proxy": {"DestinationServiceName": "web",
             "LocalServiceAddress": "127.0.0.1", "LocalServicePort": 8080},
         "Checks": [
             {"Name": "Sidestep takes tunnels", "TCP": "192.0.2.1:21500", "Interval": "10s", "Timeout": "5s",
