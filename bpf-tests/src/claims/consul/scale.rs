@@ -20,8 +20,9 @@ const INSTANCES: usize = 4;
 /// Changes a second while it is measured what they cost.
 const CHANGES: u32 = 100;
 
-/// Time, memory and processor that the largest catalog may cost on node a, which calls.
+/// What the largest catalog may cost on node a, which calls: until the first call, until all is read, and in bytes.
 const FIRST_CALL: Duration = Duration::from_secs(30);
+const READ: Duration = Duration::from_mins(10);
 const MEMORY: f64 = 512.0 * 1024.0 * 1024.0;
 
 pub(super) fn a_large_datacenter_is_carried(size: Size) -> Result<Finding> {
@@ -45,7 +46,7 @@ pub(super) fn a_large_datacenter_is_carried(size: Size) -> Result<Finding> {
         Ok(reads(&mesh, address)?.then_some(()))
     })?;
     let called = clock.elapsed();
-    let known = until_known(&mesh.lab.a, count)?;
+    until_known(&mesh.lab.a, count)?;
     let all = clock.elapsed();
     let idle = processor(&mesh.lab.a, || {
         pause(Duration::from_secs(seconds.into()));
@@ -55,9 +56,9 @@ pub(super) fn a_large_datacenter_is_carried(size: Size) -> Result<Finding> {
     let memory = mesh.lab.a.metric("process_resident_memory_bytes", &[])?;
     ensure!(reads(&mesh, address)?, "web is not called any more");
     Ok(Finding::new(
-        known && called < FIRST_CALL && memory < MEMORY,
+        called < FIRST_CALL && memory < MEMORY,
         format!(
-            "{count} services with {} instances: ready after {} ms, the first call after {} ms, everything known after {} ms; {:.0} MiB; processor {idle:.1} % idle, {changing:.1} % at {CHANGES} changes a second",
+            "{count} services with {} instances: ready after {} ms, the first call after {} ms, everything read after {} ms; {:.0} MiB; processor {idle:.1} % idle, {changing:.1} % at {CHANGES} changes a second",
             count * INSTANCES,
             ready.as_millis(),
             called.as_millis(),
@@ -72,16 +73,17 @@ fn reads(mesh: &ConsulMesh, address: std::net::IpAddr) -> Result<bool> {
     Ok(report.get("bytes").and_then(Value::as_u64) > Some(0))
 }
 
-/// Waits until the last of the many services has an address. Returns whether all have.
-fn until_known(node: &Node, count: usize) -> Result<bool> {
-    wait_for_value("all services to be known", SOON + SOON, || {
+/// Waits until all of the many services are known, and nothing of them is still to be read.
+fn until_known(node: &Node, count: usize) -> Result<()> {
+    wait_for_value("all services to be read", READ, || {
         let status = node.status()?;
         let services = status.get("services").and_then(Value::as_array);
         let many = services.into_iter().flatten().filter(|service| {
             let name = service.get("name").and_then(Value::as_str);
             name.is_some_and(|name| name.starts_with("many-"))
         });
-        Ok((many.count() == count).then_some(true))
+        let unread = status.pointer("/consul/unread").and_then(Value::as_u64);
+        Ok((many.count() == count && unread == Some(0)).then_some(()))
     })
     .with_context(|| node.agent_said())
 }
