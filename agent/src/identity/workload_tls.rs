@@ -32,6 +32,8 @@ pub struct WorkloadTls {
     clock: Arc<dyn Clock>,
     client: ClientConfig,
     server: Arc<ServerConfig>,
+    hbone_client: ClientConfig,
+    hbone_server: Arc<ServerConfig>,
 }
 
 impl WorkloadTls {
@@ -80,27 +82,36 @@ impl WorkloadTls {
     ) -> Result<Self, rustls::Error> {
         // aws-lc-rs' own choice of suites: all of them ECDHE with AES-GCM or ChaCha20.
         let crypto = Arc::new(aws_lc_rs::default_provider());
-        let clients = clients_of(&bundle, &crypto)?;
+        let clients = Arc::new(clients_of(&bundle, &crypto)?);
         let own = || Arc::new(SingleCertAndKey::from(Arc::clone(&certified)));
         let tls_clock = || Arc::new(TlsClock(Arc::clone(&clock)));
-
-        let mut client = ClientConfig::builder_with_details(Arc::clone(&crypto), tls_clock())
-            .with_protocol_versions(PROTOCOLS)?
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(expected_server(
-                &bundle, &identity, &crypto,
-            )))
-            .with_client_cert_resolver(own());
-        client.resumption = Resumption::disabled();
-
-        let mut server = ServerConfig::builder_with_details(Arc::clone(&crypto), tls_clock())
-            .with_protocol_versions(PROTOCOLS)?
-            .with_client_cert_verifier(Arc::new(clients))
-            .with_cert_resolver(own());
-        server.session_storage = Arc::new(NoServerSessionStorage {});
-        server.send_tls13_tickets = 0;
+        let client = |versions| -> Result<ClientConfig, rustls::Error> {
+            let server = Arc::new(expected_server(&bundle, &identity, &crypto));
+            let mut client = ClientConfig::builder_with_details(Arc::clone(&crypto), tls_clock())
+                .with_protocol_versions(versions)?
+                .dangerous()
+                .with_custom_certificate_verifier(server)
+                .with_client_cert_resolver(own());
+            client.resumption = Resumption::disabled();
+            Ok(client)
+        };
+        let server = |versions| -> Result<ServerConfig, rustls::Error> {
+            let clients = Arc::<TrustDomainClients>::clone(&clients);
+            let mut server = ServerConfig::builder_with_details(Arc::clone(&crypto), tls_clock())
+                .with_protocol_versions(versions)?
+                .with_client_cert_verifier(clients)
+                .with_cert_resolver(own());
+            server.session_storage = Arc::new(NoServerSessionStorage {});
+            server.send_tls13_tickets = 0;
+            Ok(server)
+        };
         // No ALPN on purpose: Consul's built-in proxy offers `h2` on raw TCP, and rustls ignores what a
         // client offers only as long as we name nothing ourselves.
+        let (plain_client, plain_server) = (client(PROTOCOLS)?, server(PROTOCOLS)?);
+        let (mut hbone_client, mut hbone_server) =
+            (client(HBONE_PROTOCOLS)?, server(HBONE_PROTOCOLS)?);
+        hbone_client.alpn_protocols = vec![b"h2".to_vec()];
+        hbone_server.alpn_protocols = vec![b"h2".to_vec()];
 
         Ok(Self {
             identity,
@@ -109,18 +120,16 @@ impl WorkloadTls {
             certified,
             bundle,
             clock,
-            client,
-            server: Arc::new(server),
+            client: plain_client,
+            server: Arc::new(plain_server),
+            hbone_client,
+            hbone_server: Arc::new(hbone_server),
         })
     }
 
     /// Verifies the own certificate as both a client and a server would.
     pub(crate) fn check_own_chain(&self) -> Result<(), rustls::Error> {
-        let (leaf, intermediates) = self
-            .certified
-            .cert
-            .split_first()
-            .ok_or(rustls::Error::NoCertificatesPresented)?;
+        let leaf = self.leaf().ok_or(rustls::Error::NoCertificatesPresented)?;
         let presented = certificate_identity(leaf)?;
         if presented != self.identity {
             return Err(PeerIdentityError::Mismatch {
@@ -129,24 +138,9 @@ impl WorkloadTls {
             }
             .into());
         }
-        let now = self
-            .clock
-            .now()
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .map(UnixTime::since_unix_epoch)
-            .or(Err(rustls::Error::FailedToGetCurrentTime))?;
-        // The verifier ignores the name; rustls' interface wants one.
-        let name = ServerName::IpAddress(Ipv4Addr::LOCALHOST.into());
-        expected_server(&self.bundle, &self.identity, self.crypto()).verify_server_cert(
-            leaf,
-            intermediates,
-            &name,
-            &[],
-            now,
-        )?;
-        clients_of(&self.bundle, self.crypto())?
-            .verify_client_cert(leaf, intermediates, now)
-            .map(|_verified| ())
+        let now = self.clock.now();
+        self.verify_again(&self.certified.cert, Some(&self.identity), now)?;
+        self.verify_again(&self.certified.cert, None, now)
     }
 
     fn crypto(&self) -> &Arc<CryptoProvider> {
@@ -156,6 +150,11 @@ impl WorkloadTls {
     /// Whose certificate this is.
     pub fn identity(&self) -> &SpiffeId {
         &self.identity
+    }
+
+    /// By the clock that handshakes with it are judged by.
+    pub(crate) fn now(&self) -> SystemTime {
+        self.clock.now()
     }
 
     /// The certificate itself, without what leads to a root.
@@ -183,7 +182,16 @@ impl WorkloadTls {
     /// Made for each call: a handful of reference counts and two allocations, nothing beside a handshake,
     /// and there is no cache whose entries could outlive what they were made from.
     pub fn client_config(&self, expected: &SpiffeId) -> Arc<ClientConfig> {
-        let mut config = self.client.clone();
+        self.calling(&self.client, expected)
+    }
+
+    /// As [`Self::client_config`], for HTTP/2 over TLS 1.3.
+    pub(crate) fn hbone_client_config(&self, expected: &SpiffeId) -> Arc<ClientConfig> {
+        self.calling(&self.hbone_client, expected)
+    }
+
+    fn calling(&self, config: &ClientConfig, expected: &SpiffeId) -> Arc<ClientConfig> {
+        let mut config = config.clone();
         config
             .dangerous()
             .set_certificate_verifier(Arc::new(expected_server(
@@ -198,6 +206,35 @@ impl WorkloadTls {
     pub fn server_config(&self) -> &Arc<ServerConfig> {
         &self.server
     }
+
+    /// As [`Self::server_config`], for HTTP/2 over TLS 1.3.
+    pub(crate) fn hbone_server_config(&self) -> &Arc<ServerConfig> {
+        &self.hbone_server
+    }
+
+    /// Whether a peer whose chain was good at the time `at` is trusted under the roots of now: as the server
+    /// `expected`, or else as a client.
+    pub(crate) fn verify_again(
+        &self,
+        chain: &[CertificateDer<'static>],
+        expected: Option<&SpiffeId>,
+        at: SystemTime,
+    ) -> Result<(), rustls::Error> {
+        let (leaf, intermediates) = chain
+            .split_first()
+            .ok_or(rustls::Error::NoCertificatesPresented)?;
+        let at = unix_time(at)?;
+        let Some(expected) = expected else {
+            let clients = clients_of(&self.bundle, self.crypto())?;
+            let verdict = clients.verify_client_cert(leaf, intermediates, at);
+            return verdict.map(|_verified| ());
+        };
+        // The verifier ignores the name; rustls' interface wants one.
+        let name = ServerName::IpAddress(Ipv4Addr::LOCALHOST.into());
+        expected_server(&self.bundle, expected, self.crypto())
+            .verify_server_cert(leaf, intermediates, &name, &[], at)
+            .map(|_verified| ())
+    }
 }
 
 impl fmt::Debug for WorkloadTls {
@@ -207,6 +244,12 @@ impl fmt::Debug for WorkloadTls {
             .field("not_after", &self.not_after)
             .finish_non_exhaustive()
     }
+}
+
+fn unix_time(at: SystemTime) -> Result<UnixTime, rustls::Error> {
+    at.duration_since(SystemTime::UNIX_EPOCH)
+        .map(UnixTime::since_unix_epoch)
+        .or(Err(rustls::Error::FailedToGetCurrentTime))
 }
 
 fn expected_server(
@@ -232,3 +275,6 @@ fn clients_of(
 /// Envoy sidecars dial with TLS 1.2 only, so both.
 const PROTOCOLS: &[&rustls::SupportedProtocolVersion] =
     &[&rustls::version::TLS13, &rustls::version::TLS12];
+
+/// HBONE is TLS 1.3 only.
+const HBONE_PROTOCOLS: &[&rustls::SupportedProtocolVersion] = &[&rustls::version::TLS13];

@@ -5,6 +5,7 @@
 //! first sees no byte, and the server sees no connection.
 
 pub mod deliver;
+pub mod hbone;
 pub mod listeners;
 pub mod targets;
 
@@ -191,8 +192,16 @@ impl Inbound {
         record.enter(Stage::Policy);
         let outcome = match self.authorise(&source, &target, record) {
             Ok(permit) => {
-                self.deliver_and_relay(permit, &mut downstream, &live.connection, settings, record)
-                    .await
+                let live = &live.connection;
+                match self.deliver(permit, live, settings, record).await {
+                    Ok(mut upstream) => {
+                        let (counts, idle) = (&live.counts, settings.idle_timeout);
+                        let relay =
+                            relay::relay(&mut downstream, &mut upstream, counts, idle, live.cut());
+                        Outcome::of_relay(&relay.await, || live.cut_reason().unwrap_or_default())
+                    }
+                    Err(outcome) => outcome,
+                }
             }
             Err(outcome) => outcome,
         };
@@ -259,15 +268,14 @@ impl Inbound {
         }
     }
 
-    /// Step 9: dial the application, then carry bytes.
-    async fn deliver_and_relay(
+    /// Step 9: dial the application. What is left is to carry bytes.
+    async fn deliver(
         &self,
         Permit { target }: Permit<'_>,
-        downstream: &mut TunnelStream,
         live: &Connection,
         settings: InboundSettings,
         record: &mut ConnectionRecord,
-    ) -> Outcome {
+    ) -> Result<TcpStream, Outcome> {
         record.enter(Stage::Deliver);
         let catalog = self.catalog.current();
         let defaults = catalog.service(&target.service).map(|s| s.defaults.clone());
@@ -275,11 +283,11 @@ impl Inbound {
         if let Some(most) = defaults.max_inbound_connections
             && self.connections.inbound_to(&target.service) > most as usize
         {
-            return Outcome::Failed {
+            return Err(Outcome::Failed {
                 stage: Stage::Deliver,
                 side: Side::Internal,
                 error: format!("{} takes at most {most} connections", target.service),
-            };
+            });
         }
         let limit = defaults
             .local_connect_timeout
@@ -290,24 +298,14 @@ impl Inbound {
             .dial(target.instance.local, namespaces.of(target), limit);
         let dialled = tokio::select! {
             biased;
-            () = live.cut() => return cut_outcome(live),
+            () = live.cut() => return Err(cut_outcome(live)),
             dialled = dial => dialled,
         };
-        let mut upstream = match dialled {
-            Ok(upstream) => upstream,
-            Err(error) => {
-                return Outcome::Failed {
-                    stage: Stage::Deliver,
-                    side: Side::Upstream,
-                    error: chain(&error).to_string(),
-                };
-            }
-        };
+        let upstream =
+            dialled.map_err(|error| Outcome::failed(Stage::Deliver, Side::Upstream, &error))?;
         record.connected();
         record.enter(Stage::Relay);
-        let idle = settings.idle_timeout;
-        let end = relay::relay(downstream, &mut upstream, &live.counts, idle, live.cut()).await;
-        Outcome::of_relay(&end, || live.cut_reason().unwrap_or_default())
+        Ok(upstream)
     }
 }
 

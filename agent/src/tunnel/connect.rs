@@ -5,10 +5,11 @@
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
+use rustls::{ClientConfig, ServerConfig};
 use rustls_pki_types::ServerName;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{net::TcpStream, time::Instant};
-use tokio_rustls::{LazyConfigAcceptor, StartHandshake, TlsConnector};
+use tokio_rustls::{LazyConfigAcceptor, StartHandshake, TlsConnector, client, server};
 
 use super::{TunnelStream, tls};
 use crate::{
@@ -54,6 +55,24 @@ pub enum TunnelError {
     /// The peer's certificate leads to a root, but is not that of the right service.
     #[error("peer not accepted")]
     Peer(#[from] PeerIdentityError),
+    /// The peer does TLS, but chose no HTTP/2 in it.
+    #[error("the peer does not speak HTTP/2")]
+    NotHttp2,
+    /// HTTP/2 failed before there was a stream.
+    #[error("HTTP/2 in the tunnel")]
+    Http2(#[source] h2::Error),
+    /// The peer's node does not let us call the instance.
+    #[error("the other node denied the call (status {0})")]
+    Denied(hyper::StatusCode),
+    /// The peer's node cannot reach the instance, or does not know it.
+    #[error("the other node did not reach the instance (status {0}); its access log says why")]
+    Refused(hyper::StatusCode),
+    /// The peer's node does not say whether it reached the instance.
+    #[error("the other node did not answer in time whether it reached the instance")]
+    AnswerTimeout,
+    /// What ended the opening of a tunnel that several connections waited for.
+    #[error(transparent)]
+    Pooled(Arc<Self>),
 }
 
 impl TunnelError {
@@ -65,7 +84,12 @@ impl TunnelError {
             | Self::HandshakeTimeout
             | Self::Silent
             | Self::ServerName(_)
-            | Self::Peer(_) => Stage::Handshake,
+            | Self::Peer(_)
+            | Self::NotHttp2
+            | Self::Http2(_) => Stage::Handshake,
+            Self::Denied(_) => Stage::Policy,
+            Self::Refused(_) | Self::AnswerTimeout => Stage::Deliver,
+            Self::Pooled(error) => error.stage(),
         }
     }
 
@@ -115,15 +139,23 @@ impl Dialled {
         tls: &WorkloadTls,
         limit: Duration,
     ) -> Result<TunnelStream, TunnelError> {
-        let name =
-            ServerName::try_from(sni.clone()).map_err(|_invalid| TunnelError::ServerName(sni))?;
-        let connector = TlsConnector::from(tls.client_config(expected));
-        match tokio::time::timeout(limit, connector.connect(name, self.0)).await {
-            Ok(done) => done
-                .map(|tls| TunnelStream::new(tls.into()))
-                .map_err(TunnelError::handshake),
+        let handshake = self.connect(sni, tls.client_config(expected));
+        match tokio::time::timeout(limit, handshake).await {
+            Ok(done) => done.map(|tls| TunnelStream::new(tls.into())),
             Err(_) => Err(TunnelError::HandshakeTimeout),
         }
+    }
+
+    /// The TLS handshake alone; the caller sets the deadline.
+    pub(super) async fn connect(
+        self,
+        sni: String,
+        config: Arc<ClientConfig>,
+    ) -> Result<client::TlsStream<TcpStream>, TunnelError> {
+        let name =
+            ServerName::try_from(sni.clone()).map_err(|_invalid| TunnelError::ServerName(sni))?;
+        let connect = TlsConnector::from(config).connect(name, self.0);
+        connect.await.map_err(TunnelError::handshake)
     }
 }
 
@@ -190,13 +222,23 @@ impl Incoming {
         tls: &WorkloadTls,
         deadline: Instant,
     ) -> Result<(TunnelStream, SpiffeId), TunnelError> {
-        let handshake = self.start.into_stream(Arc::clone(tls.server_config()));
-        let stream = match tokio::time::timeout_at(deadline, handshake).await {
-            Ok(done) => done.map_err(TunnelError::handshake)?,
-            Err(_) => return Err(TunnelError::HandshakeTimeout),
-        };
+        let config = Arc::clone(tls.server_config());
+        let stream = self.accept(config, deadline).await?;
         let peer = tls::peer_identity(stream.get_ref().1)?;
         Ok((TunnelStream::new(stream.into()), peer))
+    }
+
+    /// The rest of the TLS handshake alone.
+    pub(super) async fn accept(
+        self,
+        config: Arc<ServerConfig>,
+        deadline: Instant,
+    ) -> Result<server::TlsStream<TcpStream>, TunnelError> {
+        let handshake = self.start.into_stream(config);
+        match tokio::time::timeout_at(deadline, handshake).await {
+            Ok(done) => done.map_err(TunnelError::handshake),
+            Err(_) => Err(TunnelError::HandshakeTimeout),
+        }
     }
 }
 

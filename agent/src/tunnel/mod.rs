@@ -7,6 +7,7 @@
 pub mod connect;
 pub mod stream;
 pub mod tls;
+pub mod hbone;
 
 pub use stream::TunnelStream;
 

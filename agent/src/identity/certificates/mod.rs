@@ -123,6 +123,24 @@ impl Certificates {
         }
     }
 
+    /// Resolves with what took the place of `in_use`: another leaf, or the same under other roots. Never, if nothing
+    /// does any more. Cancel-safe.
+    pub async fn replaced(&self, in_use: &Arc<WorkloadTls>) -> Arc<WorkloadTls> {
+        let is_other = |slot: &Slot| {
+            let current = slot.current.as_ref();
+            current.is_some_and(|current| !Arc::ptr_eq(current, in_use))
+        };
+        let mut slot = self.kept(in_use.identity()).slot;
+        let current = match slot.wait_for(is_other).await {
+            Ok(slot) => slot.current.clone(),
+            Err(_keeper_ended) => None,
+        };
+        match current {
+            Some(current) => current,
+            None => pending().await,
+        }
+    }
+
     /// Stops keeping the certificates of identities that `wanted` does not name. Using one again issues anew.
     pub fn retain(&self, wanted: impl Fn(&SpiffeId) -> bool) {
         // The keeper notices that nobody listens to it any more.
