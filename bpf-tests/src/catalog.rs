@@ -32,6 +32,8 @@ pub struct Instance {
     pub local: SocketAddr,
     /// Where its node takes tunnels for it, if not at the port for all.
     pub tunnel_port: Option<u16>,
+    /// Its meta, as pairs of key and value.
+    pub meta: Vec<(&'static str, &'static str)>,
     /// Its check's status.
     pub health: &'static str,
 }
@@ -100,6 +102,12 @@ fn instance_yaml(instance: &Instance) -> String {
     let tunnel_port = instance
         .tunnel_port
         .map_or_else(String::new, |port| format!("port: {port}, "));
+    let meta: Vec<String> = instance
+        .meta
+        .iter()
+        .map(|(key, value)| format!("{key}: \"{value}\""))
+        .collect();
+    let meta = meta.join(", ");
     format!(
         "\
 node: {{ name: {node}, address: \"{node_address}\" }}
@@ -107,6 +115,7 @@ service:
   id: {id}
   name: {service}
   port: {port}
+  meta: {{ {meta} }}
   tagged_addresses:
     virtual: {{ address: \"{vip}\", port: {vip_port} }}
   connect:

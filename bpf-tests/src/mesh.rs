@@ -78,6 +78,7 @@ impl Mesh {
             virtual_address: vip,
             local,
             tunnel_port: None,
+            meta: vec![],
             health: "passing",
         });
     }

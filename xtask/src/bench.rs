@@ -25,6 +25,9 @@ pub(crate) struct Arguments {
     /// For how long each row is measured.
     #[arg(long, default_value_t = 10)]
     seconds: u64,
+    /// How often, each way in turn.
+    #[arg(long, default_value_t = 1)]
+    rounds: u64,
 }
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
@@ -54,12 +57,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         bail!("needs root: it makes network namespaces and loads eBPF programs");
     }
     match arguments.what {
-        Subject::Relay => relay(arguments.seconds)?,
+        Subject::Relay => relay(arguments.seconds, arguments.rounds)?,
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn relay(seconds: u64) -> Result<()> {
+fn relay(seconds: u64, rounds: u64) -> Result<()> {
     host::require(&["ip"])?;
     build::ebpf_programs()?;
     build::agent_and_peer()?;
@@ -71,81 +74,135 @@ fn relay(seconds: u64) -> Result<()> {
     for (index, mode, port) in [(1, "sink", 8081), (2, "echo", 8082)] {
         let place = mesh.place(mode, mode, Kind::Cgroup)?;
         mesh.register(mode, mode, vip(index, 80), local(port));
+        // The same instance as a service of its own, which is reached by the other tunnel.
+        let shared = format!("{mode}-hbone");
+        mesh.register(&shared, &shared, vip(index + 2, 80), local(port));
         mesh.keep(services::peer(&place, mode, local(port), "")?);
         // The same without Sidestep: straight over the wire, in the clear.
         mesh.keep(services::peer(&place, mode, at(port), "")?);
     }
+    for instance in mesh.instances() {
+        if instance.service.ends_with("-hbone") {
+            instance.meta = vec![("sidestep-tunnel", "hbone")];
+        }
+    }
+    mesh.lab.b.add_setting("[tunnel]\nhbone_port = 15008");
     for node in [&mesh.lab.a, &mesh.lab.b] {
         // Ports of closed connections are searched for by the next ones: a row would depend on those before.
         node.namespace().set_ipv4("tcp_max_tw_buckets", "100")?;
     }
     mesh.start()?;
 
+    let sinks = [
+        ("connect", vip(1, 80)),
+        ("hbone", vip(3, 80)),
+        ("direct", at(8081)),
+    ];
+    let echoes = [
+        ("connect", vip(2, 80)),
+        ("hbone", vip(4, 80)),
+        ("direct", at(8082)),
+    ];
+    let subjects = [
+        Load::new("bytes", "pour", "bytes", "GB", 1e9, sinks),
+        Load::new(
+            "connect, 8 bytes each way, close",
+            "cycle",
+            "connections",
+            "connections",
+            1.0,
+            echoes,
+        ),
+        Load::new(
+            "8 bytes each way on a connection",
+            "trips",
+            "trips",
+            "trips",
+            1.0,
+            echoes,
+        ),
+    ];
     let mut rows = vec![];
-    for threads in [1, 8] {
-        let connections = if threads == 1 {
-            "1 connection"
-        } else {
-            "8 connections"
-        };
-        for (way, address) in [("mesh", vip(1, 80)), ("direct", at(8081))] {
-            let what = format!("bytes, {connections}, {way}");
-            let load = format!("pour {address} {threads} {seconds}");
-            rows.push(measure(&mesh, what, &load, "bytes", "GB", 1e9, seconds)?);
-        }
-    }
-    for threads in [1, 8] {
-        for (way, address) in [("mesh", vip(2, 80)), ("direct", at(8082))] {
-            let what = format!("connect, 8 bytes each way, close; {threads} at once, {way}");
-            let load = format!("cycle {address} {threads} {seconds}");
-            rows.push(measure(
-                &mesh,
-                what,
-                &load,
-                "connections",
-                "connections",
-                1.0,
-                seconds,
-            )?);
+    for load in &subjects {
+        for threads in [1, 8] {
+            rows.extend(load.measure(&mesh, threads, seconds, rounds)?);
         }
     }
     print(&rows);
     Ok(())
 }
 
-#[expect(clippy::too_many_arguments, reason = "a row has that many facts")]
-fn measure(
-    mesh: &Mesh,
-    what: String,
-    load: &str,
-    key: &str,
+/// One kind of load, to be put on every way.
+struct Load {
+    what: &'static str,
+    command: &'static str,
+    key: &'static str,
     unit: &'static str,
     scale: f64,
-    seconds: u64,
-) -> Result<Row> {
-    let step = Step::begin(what.clone());
-    let agents = || -> Result<Duration> {
-        Ok(mesh.lab.a.agent_processor_time()? + mesh.lab.b.agent_processor_time()?)
-    };
-    let (agents_before, machine_before) = (agents()?, machine_busy()?);
-    let clock = Stopwatch::start();
-    let report = mesh
-        .shop
-        .ask_peer(load, Duration::from_secs(seconds) + SOON * 3)?;
-    let row = Row {
-        amount: report
-            .get(key)
-            .and_then(Value::as_f64)
-            .with_context(|| format!("no {key} in {report}"))?
-            / scale,
-        what,
-        unit,
-        elapsed: clock.elapsed(),
-        agents: agents()?.saturating_sub(agents_before),
-        machine: machine_busy()?.saturating_sub(machine_before),
-    };
-    step.done();
-    Ok(row)
+    ways: [(&'static str, SocketAddr); 3],
+}
+
+impl Load {
+    fn new(
+        what: &'static str,
+        command: &'static str,
+        key: &'static str,
+        unit: &'static str,
+        scale: f64,
+        ways: [(&'static str, SocketAddr); 3],
+    ) -> Self {
+        Self {
+            what,
+            command,
+            key,
+            unit,
+            scale,
+            ways,
+        }
+    }
+
+    /// A row for each way, measured by turns, so that what else the machine does falls on all of them.
+    fn measure(&self, mesh: &Mesh, threads: u64, seconds: u64, rounds: u64) -> Result<Vec<Row>> {
+        let mut rows: Vec<Row> = self
+            .ways
+            .iter()
+            .map(|(way, _)| Row {
+                what: format!("{}; {threads} at once, {way}", self.what),
+                amount: 0.0,
+                unit: self.unit,
+                elapsed: Duration::ZERO,
+                agents: Duration::ZERO,
+                machine: Duration::ZERO,
+            })
+            .collect();
+        for round in 1..=rounds {
+            for ((_way, address), row) in self.ways.iter().zip(&mut rows) {
+                let step = Step::begin(format!("{}, round {round}", row.what));
+                let load = format!("{} {address} {threads} {seconds}", self.command);
+                self.add(mesh, &load, seconds, row)?;
+                step.done();
+            }
+        }
+        Ok(rows)
+    }
+
+    fn add(&self, mesh: &Mesh, load: &str, seconds: u64, row: &mut Row) -> Result<()> {
+        let agents = || -> Result<Duration> {
+            Ok(mesh.lab.a.agent_processor_time()? + mesh.lab.b.agent_processor_time()?)
+        };
+        let (agents_before, machine_before) = (agents()?, machine_busy()?);
+        let clock = Stopwatch::start();
+        let report = mesh
+            .shop
+            .ask_peer(load, Duration::from_secs(seconds) + SOON * 3)?;
+        let amount = report.get(self.key).and_then(Value::as_f64);
+        let key = self.key;
+        row.amount += amount.with_context(|| format!("no {key} in {report}"))? / self.scale;
+        row.elapsed += clock.elapsed();
+        row.agents += agents()?.saturating_sub(agents_before);
+        row.machine += machine_busy()?.saturating_sub(machine_before);
+        Ok(())
+    }
 }
 
 /// Processor time that the machine has spent on anything, from /proc/stat.

@@ -117,6 +117,11 @@ pub(super) fn check(raw: raw::Config, merged: &Merged) -> Result<Config, ConfigE
     c.expect(tunnel.port != capture.port, "tunnel.port", || {
         format!("{}: expected another port than capture.port", tunnel.port)
     });
+    for (other, port) in [("capture.port", capture.port), ("tunnel.port", tunnel.port)] {
+        c.expect(tunnel.hbone_port != Some(port), "tunnel.hbone_port", || {
+            format!("{port}: expected another port than {other}")
+        });
+    }
     let limits = limits(c, &raw.limits);
     let telemetry = telemetry(c, raw.telemetry);
     if let Some(address) = telemetry.metrics {
@@ -521,6 +526,7 @@ fn tunnel(c: &mut Checker<'_>, raw: &raw::Tunnel, address: Option<IpAddr>) -> Tu
             .or(address)
             .unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
         port: raw.port,
+        hbone_port: raw.hbone_port.0,
         connect_timeout: raw.connect_timeout.0,
         handshake_timeout: raw.handshake_timeout.0,
     }

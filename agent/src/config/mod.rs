@@ -233,6 +233,8 @@ pub struct TunnelConfig {
     pub listen: IpAddr,
     /// `port` of tunnels, here and at every node that declares none.
     pub port: u16,
+    /// `hbone_port`: where tunnels of the kind `hbone` are taken; `"off"` for nowhere.
+    pub hbone_port: Option<u16>,
     /// `connect_timeout` of the dial to another node.
     pub connect_timeout: Duration,
     /// `handshake_timeout` of TLS, on both sides.
@@ -358,14 +360,15 @@ impl Config {
             log: String::new(),
             ..t.clone()
         };
+        let listening = |t: &TunnelConfig| (t.listen, t.port, t.hbone_port);
         let checks = [
             ("node", self.node != new.node),
             ("agent", self.agent != new.agent),
             ("capture", capture(&self.capture) != capture(&new.capture)),
             ("catalog.vip_quarantine", self.catalog != new.catalog),
             (
-                "tunnel.listen or tunnel.port",
-                (self.tunnel.listen, self.tunnel.port) != (new.tunnel.listen, new.tunnel.port),
+                "tunnel.listen, tunnel.port or tunnel.hbone_port",
+                listening(&self.tunnel) != listening(&new.tunnel),
             ),
             (
                 "limits.max_connections",

@@ -11,7 +11,7 @@ use std::{
 use ipnet::{Ipv4Net, Ipv6Net};
 use serde::{
     Deserialize, Deserializer,
-    de::{Error as _, SeqAccess, Visitor},
+    de::{Error, SeqAccess, Unexpected, Visitor},
 };
 
 use crate::{
@@ -232,6 +232,7 @@ pub(super) struct Tunnel {
     pub(super) listen: Option<IpAddr>,
     #[serde(deserialize_with = "port")]
     pub(super) port: u16,
+    pub(super) hbone_port: PortOrOff,
     pub(super) connect_timeout: Span,
     pub(super) handshake_timeout: Span,
 }
@@ -241,6 +242,7 @@ impl Default for Tunnel {
         Self {
             listen: None,
             port: 15_443,
+            hbone_port: PortOrOff(None),
             connect_timeout: Span(Duration::from_secs(5)),
             handshake_timeout: Span(Duration::from_secs(10)),
         }
@@ -288,6 +290,39 @@ impl Default for Telemetry {
             log_format: LogFormat::Text,
             access_log: "stdout".to_owned(),
         }
+    }
+}
+
+/// A port, or `"off"`.
+#[derive(Debug)]
+pub(super) struct PortOrOff(pub(super) Option<u16>);
+
+impl<'de> Deserialize<'de> for PortOrOff {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Either;
+        impl Visitor<'_> for Either {
+            type Value = PortOrOff;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("\"off\" or a port from 1 to 65535")
+            }
+
+            fn visit_i64<E: Error>(self, number: i64) -> Result<PortOrOff, E> {
+                u16::try_from(number)
+                    .ok()
+                    .filter(|port| *port > 0)
+                    .map(|port| PortOrOff(Some(port)))
+                    .ok_or_else(|| E::invalid_value(Unexpected::Signed(number), &self))
+            }
+
+            fn visit_str<E: Error>(self, text: &str) -> Result<PortOrOff, E> {
+                if text == "off" {
+                    return Ok(PortOrOff(None));
+                }
+                Err(E::invalid_value(Unexpected::Str(text), &self))
+            }
+        }
+        from.deserialize_any(Either)
     }
 }
 
@@ -415,7 +450,7 @@ impl<T> Visitor<'_> for Text<T> {
         f.write_str(self.expected)
     }
 
-    fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<T, E> {
+    fn visit_str<E: Error>(self, text: &str) -> Result<T, E> {
         (self.parse)(text)
             .ok_or_else(|| E::custom(format_args!("{text:?}: expected {}", self.expected)))
     }

@@ -134,6 +134,10 @@ fn a_value_of_the_wrong_kind_names_what_was_expected() {
             "capture.prot: unknown field `prot`, expected one of",
         ),
         (
+            "[tunnel]\nhbone_port = 15443",
+            "tunnel.hbone_port: 15443: expected another port than tunnel.port",
+        ),
+        (
             "[tunnel]\nconnect_timeout = \"5\"",
             "tunnel.connect_timeout: \"5\": expected a duration",
         ),

@@ -32,7 +32,7 @@ pub struct WorkloadTls {
     clock: Arc<dyn Clock>,
     client: ClientConfig,
     server: Arc<ServerConfig>,
-    hbone_client: ClientConfig,
+    hbone_client: Arc<ClientConfig>,
     hbone_server: Arc<ServerConfig>,
 }
 
@@ -122,7 +122,7 @@ impl WorkloadTls {
             clock,
             client: plain_client,
             server: Arc::new(plain_server),
-            hbone_client,
+            hbone_client: Arc::new(hbone_client),
             hbone_server: Arc::new(hbone_server),
         })
     }

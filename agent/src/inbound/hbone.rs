@@ -132,7 +132,7 @@ impl Inbound {
                 };
                 let inbound = Arc::clone(&self);
                 self.shutdown.spawn("inbound tunnel", async move {
-                    inbound.carry_tunnel(stream, peer, unproven).await;
+                    Box::pin(inbound.carry_tunnel(stream, peer, unproven)).await;
                     drop(slot);
                 });
             },
@@ -169,7 +169,7 @@ impl Inbound {
             service,
         });
         let take = |requested| self.take(requested, &peer);
-        accepted.serve(&self.shutdown, take).await;
+        Box::pin(accepted.serve(&self.shutdown, take)).await;
     }
 
     /// `None` is a health check, as in [`Self::carry_recorded`].

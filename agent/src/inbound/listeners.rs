@@ -30,6 +30,7 @@ pub struct TunnelListeners {
     open: BTreeMap<u16, OpenPort>,
     /// Ports that are declared and could not be opened.
     failed: BTreeSet<u16>,
+    hbone: Option<(u16, Kept)>,
 }
 
 #[derive(Debug)]
@@ -65,9 +66,25 @@ impl TunnelListeners {
             sockets,
             open: BTreeMap::new(),
             failed: BTreeSet::new(),
+            hbone: None,
         };
         listeners.start(shared_port)?;
         Ok(listeners)
+    }
+
+    /// Opens the port at which tunnels of the kind `hbone` are taken, for as long as the agent runs.
+    ///
+    /// # Errors
+    /// If the port cannot be opened.
+    pub fn open_hbone(&mut self, port: u16) -> Result<(), TunnelListenError> {
+        let (listener, kept) = self.listener(port)?;
+        self.hbone = Some((port, kept));
+        let inbound = Arc::clone(&self.inbound);
+        let serve = Arc::clone(&inbound).serve_hbone(listener);
+        inbound.shutdown.spawn("hbone listener", serve);
+        let address = SocketAddr::new(self.address, port);
+        tracing::info!(%address, "taking HBONE tunnels");
+        Ok(())
     }
 
     /// Opens and closes ports to match the instances of this node. What cannot be opened is tried again
@@ -105,19 +122,16 @@ impl TunnelListeners {
 
     /// Where the node takes tunnels now.
     pub fn addresses(&self) -> Vec<SocketAddr> {
+        let hbone = self.hbone.iter().map(|(port, _kept)| port);
         self.open
             .keys()
+            .chain(hbone)
             .map(|port| SocketAddr::new(self.address, *port))
             .collect()
     }
 
     fn start(&mut self, port: u16) -> Result<(), TunnelListenError> {
-        let address = SocketAddr::new(self.address, port);
-        let failed = |source| TunnelListenError { address, source };
-        let key = SocketKey::here(address).map_err(failed)?;
-        let listened = self.sockets.listen(key, || listen(address));
-        let (listener, kept) = listened.map_err(failed)?;
-        let listener = TcpListener::from_std(listener).map_err(failed)?;
+        let (listener, kept) = self.listener(port)?;
         let closed = CancellationToken::new();
         let open = OpenPort {
             closed: closed.clone(),
@@ -131,8 +145,19 @@ impl TunnelListeners {
                 () = inbound.serve(listener, port) => {}
             }
         });
+        let address = SocketAddr::new(self.address, port);
         tracing::info!(%address, "taking tunnels");
         Ok(())
+    }
+
+    fn listener(&self, port: u16) -> Result<(TcpListener, Kept), TunnelListenError> {
+        let address = SocketAddr::new(self.address, port);
+        let failed = |source| TunnelListenError { address, source };
+        let key = SocketKey::here(address).map_err(failed)?;
+        let listened = self.sockets.listen(key, || listen(address));
+        let (listener, kept) = listened.map_err(failed)?;
+        let listener = TcpListener::from_std(listener).map_err(failed)?;
+        Ok((listener, kept))
     }
 }
 

@@ -275,6 +275,7 @@ impl Follower {
             tunnel: config::TunnelConfig {
                 listen: old.tunnel.listen,
                 port: old.tunnel.port,
+                hbone_port: old.tunnel.hbone_port,
                 ..new.tunnel
             },
             telemetry: config::TelemetryConfig {

@@ -64,6 +64,7 @@ use crate::{
         metrics::Metrics,
         series::SeriesLimits,
     },
+    tunnel::hbone::{self, Pool, PoolLimits},
 };
 
 /// Builds everything and starts it. Capture begins when all behind it is ready.
@@ -111,13 +112,7 @@ pub(super) async fn start(
     let freshness = consul.as_ref().map(|consul| consul.source.clone());
     let outbound = common.outbound(&config, Arc::clone(&datapath), workloads, freshness);
     let inbound = common.inbound(&config);
-    let tunnels = TunnelListeners::open(
-        Arc::clone(&inbound),
-        config.tunnel.listen,
-        config.tunnel.port,
-        sockets.clone(),
-    )
-    .map_err(NodeError::when("open the tunnel port"))?;
+    let tunnels = tunnel_listeners(&config, &inbound, &sockets)?;
     let captures =
         CaptureNamespaces::new(Arc::clone(&outbound), config.capture.port, sockets.clone());
     let node = Arc::new(Node {
@@ -186,6 +181,11 @@ impl Common {
             policy: Arc::clone(&self.policy),
             certificates: self.certificates.clone(),
             balancer: Balancer::default(),
+            hbone: Pool::new(
+                self.certificates.clone(),
+                self.shutdown.clone(),
+                PoolLimits::default(),
+            ),
             connections: Arc::clone(&self.connections),
             telemetry: self.telemetry.clone(),
             settings: ArcSwap::from_pointee(outbound_settings(config)),
@@ -210,6 +210,26 @@ impl Common {
             shutdown: self.shutdown.clone(),
         })
     }
+}
+
+fn tunnel_listeners(
+    config: &Config,
+    inbound: &Arc<Inbound>,
+    sockets: &ListeningSockets,
+) -> Result<TunnelListeners, NodeError> {
+    let mut tunnels = TunnelListeners::open(
+        Arc::clone(inbound),
+        config.tunnel.listen,
+        config.tunnel.port,
+        sockets.clone(),
+    )
+    .map_err(NodeError::when("open the tunnel port"))?;
+    if let Some(port) = config.tunnel.hbone_port {
+        tunnels
+            .open_hbone(port)
+            .map_err(NodeError::when("open the HBONE port"))?;
+    }
+    Ok(tunnels)
 }
 
 /// Fills the maps, takes connections and captures them, in the order that [`Datapath::load`] asks for.
@@ -388,6 +408,7 @@ pub(super) fn outbound_settings(config: &Config) -> OutboundSettings {
     OutboundSettings {
         connect_timeout: config.tunnel.connect_timeout,
         handshake_timeout: config.tunnel.handshake_timeout,
+        hbone_port: config.tunnel.hbone_port.unwrap_or(hbone::PORT),
         idle_timeout: config.limits.idle_timeout,
         ejection: Ejection {
             after: config.limits.eject_after,

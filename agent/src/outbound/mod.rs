@@ -27,6 +27,7 @@ use crate::{
         Telemetry,
         record::{ConnectionRecord, Direction, Outcome, Side, Stage},
     },
+    tunnel::hbone,
 };
 
 /// What outbound connections need; one per agent.
@@ -46,6 +47,8 @@ pub struct Outbound {
     pub certificates: Certificates,
     /// Live connections and ejections per instance.
     pub balancer: Balancer,
+    /// Open connections to nodes that take tunnels of the kind `hbone`.
+    pub hbone: hbone::Pool,
     /// The table of live connections.
     pub connections: Arc<Connections>,
     /// Logs and metrics.
@@ -65,6 +68,8 @@ pub struct OutboundSettings {
     pub connect_timeout: Duration,
     /// TLS handshake with it.
     pub handshake_timeout: Duration,
+    /// Where nodes take tunnels of the kind `hbone`, unless the instance says otherwise.
+    pub hbone_port: u16,
     /// End a connection on which nothing moves for this long.
     pub idle_timeout: Option<Duration>,
     /// When failing instances are left out.

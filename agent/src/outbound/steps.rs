@@ -17,7 +17,7 @@ use crate::{
         rate::OncePer,
         record::{ConnectionRecord, Outcome, Side, Stage},
     },
-    tunnel::{self, TunnelStream, connect::TunnelError},
+    tunnel::{self, OpenTunnel, connect::TunnelError, hbone},
 };
 
 /// Who calls, proved by the kernel, with the certificate to show for it.
@@ -43,6 +43,9 @@ static UNKNOWN_LOG: OncePer = OncePer::new(Duration::from_secs(3600));
 
 /// Dials at most this many instances: the chosen one and one retry, both before any byte was sent.
 const ATTEMPTS: usize = 2;
+
+/// Opens connections ahead of use to at most this many nodes of a service.
+const WARM: usize = 16;
 
 impl Outbound {
     /// Step 3: what the eBPF programs recorded for this socket, or what the kernel tells of one that a rule redirected.
@@ -169,7 +172,7 @@ impl Outbound {
         permit: Permit<'_>,
         settings: OutboundSettings,
         record: &mut ConnectionRecord,
-    ) -> Result<(Choice, TunnelStream), Outcome> {
+    ) -> Result<(Choice, OpenTunnel), Outcome> {
         let Permit { caller, callee } = permit;
         let mut tried: Vec<Choice> = Vec::new();
         let mut last_error = None;
@@ -181,6 +184,11 @@ impl Outbound {
                 Ok(stream) => {
                     choice.succeeded();
                     return Ok((choice, stream));
+                }
+                // The instance is well, and others of the service would say the same.
+                Err(error @ TunnelError::Denied(_)) => {
+                    last_error = Some(error);
+                    break;
                 }
                 Err(error) => {
                     let ejected = choice.failed(settings.ejection);
@@ -217,9 +225,21 @@ impl Outbound {
         choice: &Choice,
         settings: OutboundSettings,
         record: &mut ConnectionRecord,
-    ) -> Result<TunnelStream, TunnelError> {
+    ) -> Result<OpenTunnel, TunnelError> {
         let Choice { instance, .. } = choice;
         record.instance(&instance.id);
+        if let Some(address) = hbone::address_of(instance, settings.hbone_port) {
+            record.peer(address);
+            record.enter(Stage::Handshake);
+            let call = self.hbone_call(caller, callee, instance, address, settings);
+            let is_first = !self.hbone.is_open(&call);
+            let stream = self.hbone.open(&call).await?;
+            record.handshaken();
+            if is_first {
+                self.warm(caller, callee, settings);
+            }
+            return Ok(stream.into());
+        }
         record.peer(instance.tunnel);
         record.enter(Stage::Dial);
         let dialled = tunnel::connect::dial(instance.tunnel, settings.connect_timeout).await?;
@@ -231,7 +251,40 @@ impl Outbound {
             .handshake(sni, &expected, &caller.tls, settings.handshake_timeout)
             .await?;
         record.handshaken();
-        Ok(stream)
+        Ok(stream.into())
+    }
+
+    fn hbone_call(
+        &self,
+        caller: &Caller,
+        callee: &Callee,
+        instance: &Instance,
+        address: SocketAddr,
+        settings: OutboundSettings,
+    ) -> hbone::Call {
+        let service = &callee.service.name;
+        hbone::Call {
+            tls: Arc::clone(&caller.tls),
+            expected: self.local.identity_of(service),
+            address,
+            server_name: self.local.service_sni(service),
+            instance: SocketAddr::new(instance.tunnel.ip(), instance.port),
+            connect_timeout: settings.connect_timeout,
+            handshake_timeout: settings.handshake_timeout,
+        }
+    }
+
+    /// Opens connections to the other nodes of a service that came into use, so that later calls wait for none.
+    fn warm(&self, caller: &Caller, callee: &Callee, settings: OutboundSettings) {
+        let usable = callee.service.instances.iter().filter(|i| i.weight() > 0);
+        let reached = usable.filter_map(|instance| {
+            let address = hbone::address_of(instance, settings.hbone_port)?;
+            Some((instance, address))
+        });
+        for (instance, address) in reached.take(WARM) {
+            let call = self.hbone_call(caller, callee, instance, address, settings);
+            self.hbone.warm(&call);
+        }
     }
 }
 

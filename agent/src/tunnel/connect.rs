@@ -9,7 +9,7 @@ use rustls::{ClientConfig, ServerConfig};
 use rustls_pki_types::ServerName;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{net::TcpStream, time::Instant};
-use tokio_rustls::{LazyConfigAcceptor, StartHandshake, TlsConnector, client, server};
+use tokio_rustls::{Accept, Connect, LazyConfigAcceptor, StartHandshake, TlsConnector};
 
 use super::{TunnelStream, tls};
 use crate::{
@@ -94,7 +94,7 @@ impl TunnelError {
     }
 
     /// What a failed handshake says: if our own verifier ended it, its verdict, which rustls prints as code.
-    fn handshake(source: io::Error) -> Self {
+    pub(super) fn handshake(source: io::Error) -> Self {
         let verdict = source
             .get_ref()
             .and_then(|inner| inner.downcast_ref())
@@ -139,23 +139,24 @@ impl Dialled {
         tls: &WorkloadTls,
         limit: Duration,
     ) -> Result<TunnelStream, TunnelError> {
-        let handshake = self.connect(sni, tls.client_config(expected));
+        let handshake = self.connect(sni, tls.client_config(expected))?;
         match tokio::time::timeout(limit, handshake).await {
-            Ok(done) => done.map(|tls| TunnelStream::new(tls.into())),
+            Ok(done) => done
+                .map(|tls| TunnelStream::new(tls.into()))
+                .map_err(TunnelError::handshake),
             Err(_) => Err(TunnelError::HandshakeTimeout),
         }
     }
 
     /// The TLS handshake alone; the caller sets the deadline.
-    pub(super) async fn connect(
+    pub(super) fn connect(
         self,
         sni: String,
         config: Arc<ClientConfig>,
-    ) -> Result<client::TlsStream<TcpStream>, TunnelError> {
+    ) -> Result<Connect<TcpStream>, TunnelError> {
         let name =
             ServerName::try_from(sni.clone()).map_err(|_invalid| TunnelError::ServerName(sni))?;
-        let connect = TlsConnector::from(config).connect(name, self.0);
-        connect.await.map_err(TunnelError::handshake)
+        Ok(TlsConnector::from(config).connect(name, self.0))
     }
 }
 
@@ -223,22 +224,17 @@ impl Incoming {
         deadline: Instant,
     ) -> Result<(TunnelStream, SpiffeId), TunnelError> {
         let config = Arc::clone(tls.server_config());
-        let stream = self.accept(config, deadline).await?;
+        let stream = match tokio::time::timeout_at(deadline, self.accept(config)).await {
+            Ok(done) => done.map_err(TunnelError::handshake)?,
+            Err(_) => return Err(TunnelError::HandshakeTimeout),
+        };
         let peer = tls::peer_identity(stream.get_ref().1)?;
         Ok((TunnelStream::new(stream.into()), peer))
     }
 
-    /// The rest of the TLS handshake alone.
-    pub(super) async fn accept(
-        self,
-        config: Arc<ServerConfig>,
-        deadline: Instant,
-    ) -> Result<server::TlsStream<TcpStream>, TunnelError> {
-        let handshake = self.start.into_stream(config);
-        match tokio::time::timeout_at(deadline, handshake).await {
-            Ok(done) => done.map_err(TunnelError::handshake),
-            Err(_) => Err(TunnelError::HandshakeTimeout),
-        }
+    /// The rest of the TLS handshake alone; the caller sets the deadline.
+    pub(super) fn accept(self, config: Arc<ServerConfig>) -> Accept<TcpStream> {
+        self.start.into_stream(config)
     }
 }
 

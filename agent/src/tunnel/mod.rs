@@ -1,14 +1,16 @@
-//! The way between two nodes: mutual TLS as Consul's proxies speak it, one connection per connection.
+//! The way between two nodes: mutual TLS, as Consul's proxies speak it or as Istio's do.
 //!
-//! [`connect`] opens and takes tunnels, [`stream`] is one that is open, [`tls`] holds the names in the
-//! handshake. Who the peer is has been verified when a tunnel is handed out; what it may do is decided by
+//! [`connect`] opens and takes tunnels of one connection each, [`stream`] is one that is open, [`tls`] holds the
+//! names in the handshake. [`hbone`] has many connections share one. Who the peer is has been verified when a tunnel is handed out; what it may do is decided by
 //! the callers, [`crate::outbound`] and [`crate::inbound`].
 
 pub mod connect;
 pub mod stream;
 pub mod tls;
 pub mod hbone;
+mod open;
 
+pub use open::OpenTunnel;
 pub use stream::TunnelStream;
 
 #[cfg(test)]

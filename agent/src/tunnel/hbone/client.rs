@@ -1,6 +1,12 @@
 //! The calling end: one HTTP/2 connection, and `CONNECT` on it.
 
-use std::{net::SocketAddr, pin::pin, sync::Arc, task::Poll, time::Duration};
+use std::{
+    net::SocketAddr,
+    pin::{Pin, pin},
+    sync::Arc,
+    task::Poll,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use h2::client::{Builder, Connection, SendRequest};
@@ -45,7 +51,10 @@ pub(super) async fn open(
     let dialled = connect::dial(target.address, target.connect_timeout).await?;
     let handshake = async {
         let config = tls.hbone_client_config(&target.expected);
-        let stream = dialled.connect(target.server_name.clone(), config).await?;
+        let stream = dialled
+            .connect(target.server_name.clone(), config)?
+            .await
+            .map_err(TunnelError::handshake)?;
         let session = stream.get_ref().1;
         if session.alpn_protocol() != Some(b"h2") {
             return Err(TunnelError::NotHttp2);
@@ -111,20 +120,10 @@ impl Driver {
         let mut dead = pin!(connection::unanswered_ping(connection.ping_pong(), tick));
         let mut forced = pin!(shutdown.forced());
         loop {
-            let moving = std::future::poll_fn(|cx| {
-                loop {
-                    if let Poll::Ready(end) = std::pin::Pin::new(&mut connection).poll(cx) {
-                        return Poll::Ready(end);
-                    }
-                    if !abandoned.poll_reset(cx) {
-                        return Poll::Pending;
-                    }
-                }
-            });
             tokio::select! {
                 // What moves bytes first: the others seldom have something to say.
                 biased;
-                end = moving => {
+                end = moving(&mut connection, &mut abandoned) => {
                     if let Err(error) = end {
                         tracing::debug!(%error, "tunnel failed");
                     }
@@ -142,6 +141,24 @@ impl Driver {
             }
         }
     }
+}
+
+/// Moves bytes until the connection is closed. Cancel-safe.
+async fn moving(
+    connection: &mut Connection<TlsStream<TcpStream>>,
+    abandoned: &mut Abandoned,
+) -> Result<(), h2::Error> {
+    std::future::poll_fn(|cx| {
+        loop {
+            if let Poll::Ready(end) = Pin::new(&mut *connection).poll(cx) {
+                return Poll::Ready(end);
+            }
+            if !abandoned.poll_reset(cx) {
+                return Poll::Pending;
+            }
+        }
+    })
+    .await
 }
 
 /// Why there is no stream.

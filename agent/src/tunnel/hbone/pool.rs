@@ -97,8 +97,9 @@ pub struct Call {
 }
 
 /// The connections for one [`Key`].
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Group {
+    key: Key,
     state: Mutex<State>,
     waiting: AtomicUsize,
 }
@@ -155,13 +156,13 @@ impl Pool {
             .map_err(|_invalid| TunnelError::ServerName(call.instance.to_string()))?;
         let mut stale = None;
         for _ in 0..ATTEMPTS {
-            let (requests, place) = self.member(call).await?;
+            let (group, requests, place) = self.member(call).await?;
             let link = Arc::clone(place.link());
             match client::request(requests, place, &authority, call.handshake_timeout).await {
                 Ok(stream) => return Ok(stream),
                 Err(NoStream::Failed(error)) => return Err(error),
                 Err(NoStream::Stale(error)) => {
-                    self.shared.retire(&call.key(), &link, "closing");
+                    self.shared.retire(&group, &link, "closing");
                     stale = Some(error);
                 }
             }
@@ -178,6 +179,11 @@ impl Pool {
         }
     }
 
+    /// Whether there is a connection for calls like this one, or one is being opened.
+    pub fn is_open(&self, call: &Call) -> bool {
+        self.shared.groups.lock().contains_key(&call.key())
+    }
+
     /// How many connections there are.
     pub fn connections(&self) -> usize {
         let groups: Vec<_> = self.shared.groups.lock().values().map(Arc::clone).collect();
@@ -188,11 +194,14 @@ impl Pool {
     }
 
     /// A connection with room for a stream, and the room.
-    async fn member(&self, call: &Call) -> Result<(SendRequest<Bytes>, Place), TunnelError> {
+    async fn member(
+        &self,
+        call: &Call,
+    ) -> Result<(Arc<Group>, SendRequest<Bytes>, Place), TunnelError> {
         loop {
             let group = self.shared.group(&call.key());
             let mut opening = match self.find(call, &group) {
-                Found::Member(requests, place) => return Ok((requests, place)),
+                Found::Member(requests, place) => return Ok((group, requests, place)),
                 Found::Opening(opening) => opening,
             };
             let _waiting = Waiting::begin(&group);
@@ -235,7 +244,6 @@ impl Pool {
         let shared = Arc::clone(&self.shared);
         let opener = Opener {
             group: Arc::clone(group),
-            key: call.key(),
             opening: opening.clone(),
         };
         let (target, tls) = (call.target(), Arc::clone(&call.tls));
@@ -246,14 +254,14 @@ impl Pool {
                 Ok(opened) => {
                     let (link, driver) = opener.succeeded(opened);
                     drop(done.send(Some(Ok(()))));
-                    shared.drive(&opener.key, &link, driver).await;
-                    shared.retire(&opener.key, &link, "closed");
+                    Box::pin(shared.drive(&opener.group, &link, driver)).await;
+                    shared.retire(&opener.group, &link, "closed");
                 }
                 Err(error) => {
                     tracing::debug!(address = %target.address, error = %chain(&error), "no tunnel");
                     opener.failed();
                     drop(done.send(Some(Err(Arc::new(error)))));
-                    shared.forget_if_empty(&opener.key);
+                    shared.forget_if_empty(&opener.group);
                 }
             }
         };
@@ -265,7 +273,6 @@ impl Pool {
 /// A task that opens one connection of a group.
 struct Opener {
     group: Arc<Group>,
-    key: Key,
     opening: watch::Receiver<Attempt>,
 }
 
@@ -302,26 +309,33 @@ impl Drop for Opener {
 impl Shared {
     fn group(&self, key: &Key) -> Arc<Group> {
         let mut groups = self.groups.lock();
-        Arc::clone(groups.entry(key.clone()).or_default())
+        let group = groups.entry(key.clone()).or_insert_with(|| {
+            Arc::new(Group {
+                key: key.clone(),
+                state: Mutex::default(),
+                waiting: AtomicUsize::new(0),
+            })
+        });
+        Arc::clone(group)
     }
 
-    async fn drive(&self, key: &Key, link: &Arc<Link>, driver: client::Driver) {
+    async fn drive(&self, group: &Arc<Group>, link: &Arc<Link>, driver: client::Driver) {
         let mut used_at = Instant::now();
         let tick = || {
             if link.streams() > 0 {
                 used_at = Instant::now();
             } else if used_at.elapsed() >= self.limits.idle {
-                self.retire(key, link, "idle");
+                self.retire(group, link, "idle");
             }
         };
-        let retire = |why| self.retire(key, link, why);
+        let retire = |why| self.retire(group, link, why);
         let drained = async {
             self.shutdown.draining().await;
             // Whoever was about to use it has a moment to do so, and may need another one.
             loop {
                 tokio::time::sleep(DRAIN_TICK).await;
                 if link.streams() == 0 {
-                    self.retire(key, link, "draining");
+                    self.retire(group, link, "draining");
                     return;
                 }
             }
@@ -337,10 +351,7 @@ impl Shared {
     }
 
     /// No new streams on this connection; it is closed when its last stream has ended.
-    fn retire(&self, key: &Key, link: &Arc<Link>, why: &'static str) {
-        let Some(group) = self.groups.lock().get(key).map(Arc::clone) else {
-            return;
-        };
+    fn retire(&self, group: &Arc<Group>, link: &Arc<Link>, why: &'static str) {
         let mut state = group.state.lock();
         let before = state.members.len();
         state
@@ -349,19 +360,23 @@ impl Shared {
         let was_member = state.members.len() < before;
         drop(state);
         if was_member {
-            tracing::debug!(address = %key.address, to = %key.expected, why, "tunnel retired");
-            self.forget_if_empty(key);
+            let Key {
+                expected, address, ..
+            } = &group.key;
+            tracing::debug!(%address, to = %expected, why, "tunnel retired");
+            self.forget_if_empty(group);
         }
     }
 
-    fn forget_if_empty(&self, key: &Key) {
+    /// Whoever has the group in hand may still open a connection in it, which then serves him alone.
+    fn forget_if_empty(&self, group: &Arc<Group>) {
         let mut groups = self.groups.lock();
-        let is_empty = groups.get(key).is_some_and(|group| {
-            let state = group.state.lock();
-            state.members.is_empty() && state.opening.is_empty()
-        });
-        if is_empty {
-            groups.remove(key);
+        let is_known = |known: &Arc<Group>| Arc::ptr_eq(known, group);
+        let state = group.state.lock();
+        let is_empty = state.members.is_empty() && state.opening.is_empty();
+        drop(state);
+        if is_empty && groups.get(&group.key).is_some_and(is_known) {
+            groups.remove(&group.key);
         }
     }
 }

@@ -55,9 +55,11 @@ impl Accepted {
         certificates: &Certificates,
         deadline: Instant,
     ) -> Result<Self, TunnelError> {
-        let stream = incoming
-            .accept(Arc::clone(tls.hbone_server_config()), deadline)
-            .await?;
+        let accept = incoming.accept(Arc::clone(tls.hbone_server_config()));
+        let stream = tokio::time::timeout_at(deadline, accept)
+            .await
+            .map_err(|_elapsed| TunnelError::HandshakeTimeout)?
+            .map_err(TunnelError::handshake)?;
         let session = stream.get_ref().1;
         let peer = tls::peer_identity(session)?;
         let trust = Trust {

@@ -81,7 +81,8 @@ async fn meet(
     expected: &SpiffeId,
 ) -> (Result<TunnelStream, TunnelError>, Taken) {
     let (listener, address) = listen().await;
-    tokio::join!(open(address, client, expected), take(&listener, server))
+    let opened = Box::pin(open(address, client, expected));
+    tokio::join!(opened, take(&listener, server))
 }
 
 /// An open tunnel from `web` to `db`.

@@ -165,6 +165,32 @@ pub(crate) fn cycle(address: SocketAddr, threads: u64, seconds: u64) -> Result<(
     say(json!({ "connections": total, "ms": clock.elapsed().as_millis() }))
 }
 
+/// Exchanges a number over each of `threads` connections, over and over.
+pub(crate) fn trips(address: SocketAddr, threads: u64, seconds: u64) -> Result<()> {
+    let total = AtomicU64::new(0);
+    let over = AtomicBool::new(false);
+    let clock = Stopwatch::start();
+    thread::scope(|scope| -> Result<()> {
+        let workers: Vec<_> = (0..threads)
+            .map(|_| {
+                scope.spawn(|| -> Result<()> {
+                    let mut stream = TcpStream::connect(address)?;
+                    stream.set_nodelay(true)?;
+                    while !over.load(Ordering::Relaxed) {
+                        exchange(&mut stream, 1)?;
+                        total.fetch_add(1, Ordering::Relaxed);
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        pause(Duration::from_secs(seconds));
+        over.store(true, Ordering::Relaxed);
+        joined(workers)
+    })?;
+    say(json!({ "trips": total, "ms": clock.elapsed().as_millis() }))
+}
+
 fn joined(workers: Vec<thread::ScopedJoinHandle<'_, Result<()>>>) -> Result<()> {
     for worker in workers {
         worker

@@ -39,7 +39,8 @@ usage: sidestep-peer MODE ARGUMENT...
   storm FILE THREADS RATE          like ask, RATE connections a second, until FILE is gone; tells when each failed
   hold FILE THREADS COUNT          as many connections to echo servers at once, all used, then closed
   pour ADDRESS THREADS SECONDS     send as fast as it goes
-  cycle ADDRESS THREADS SECONDS    connect, exchange one byte, close, again";
+  cycle ADDRESS THREADS SECONDS    connect, exchange one byte, close, again
+  trips ADDRESS THREADS SECONDS    exchange over as many connections, again and again";
 
 fn main() -> ExitCode {
     match dispatch(&env::args().skip(1).collect::<Vec<_>>()) {
@@ -81,6 +82,9 @@ fn dispatch(arguments: &[String]) -> Result<()> {
         }
         ["cycle", address, threads, seconds] => {
             load::cycle(parsed(address)?, parsed(threads)?, parsed(seconds)?)
+        }
+        ["trips", address, threads, seconds] => {
+            load::trips(parsed(address)?, parsed(threads)?, parsed(seconds)?)
         }
         _ => bail!("{USAGE}"),
     }

@@ -109,6 +109,7 @@ fn other(mesh: &Mesh, index: u16, name: &str) -> Instance {
         virtual_address: vip(30_000 + index, 80),
         local: local(9),
         tunnel_port: None,
+        meta: vec![],
         health: "passing",
     }
 }

@@ -139,7 +139,7 @@ async fn a_peer_that_asks_to_go_elsewhere_loses_no_call() {
         ];
         for round in 0..30 {
             // Each change makes the called side send GOAWAY on all connections, in the middle of calls.
-            pair.called.authority.trust_in(&roots[..1 + round % 3]);
+            pair.called.authority.trust_in(&roots[..=(round % 3)]);
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     })

@@ -13,7 +13,7 @@ use hyper::StatusCode;
 use parking_lot::Mutex;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpListener,
+    net::{TcpListener, TcpStream},
     sync::watch,
     time::Instant,
 };
@@ -132,23 +132,8 @@ impl Node {
                     accepted = listener.accept() => accepted.unwrap().0,
                     () = shutdown.draining() => return,
                 };
-                let (certificates, inner) = (certificates.clone(), shutdown.clone());
-                shutdown.spawn("connection", async move {
-                    let deadline = Instant::now() + SOON;
-                    let tls = certificates.for_identity(&id("db")).await.unwrap();
-                    let Ok(incoming) = Incoming::read_hello(tcp, deadline).await else {
-                        return;
-                    };
-                    let accepted =
-                        Box::pin(Accepted::handshake(incoming, &tls, &certificates, deadline));
-                    if let Ok(accepted) = accepted.await {
-                        let shutdown = inner.clone();
-                        let take = |requested| {
-                            shutdown.spawn("stream", answer(requested));
-                        };
-                        accepted.serve(&inner, take).await;
-                    }
-                });
+                let carried = take_tunnel(tcp, certificates.clone(), shutdown.clone());
+                shutdown.spawn("connection", carried);
             }
         };
         self.shutdown.spawn("listener", serving);
@@ -230,6 +215,21 @@ async fn exchange(stream: &mut HboneStream, bytes: &[u8]) {
     sent.unwrap();
     received.unwrap();
     assert!(back == bytes, "not what was sent");
+}
+
+async fn take_tunnel(tcp: TcpStream, certificates: Certificates, shutdown: Shutdown) {
+    let deadline = Instant::now() + SOON;
+    let tls = certificates.for_identity(&id("db")).await.unwrap();
+    let Ok(incoming) = Incoming::read_hello(tcp, deadline).await else {
+        return;
+    };
+    let accepted = Accepted::handshake(incoming, &tls, &certificates, deadline);
+    if let Ok(accepted) = Box::pin(accepted).await {
+        let take = |requested| {
+            shutdown.spawn("stream", answer(requested));
+        };
+        Box::pin(accepted.serve(&shutdown, take)).await;
+    }
 }
 
 async fn answer(mut requested: Requested) {

@@ -3,7 +3,6 @@
 use bytes::Bytes;
 use hyper::http::{Method, Request};
 use rustls_pki_types::ServerName;
-use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector, client::TlsStream};
 
 use super::*;
@@ -121,7 +120,7 @@ async fn a_client_may_leave_out_alpn_but_not_ask_for_something_else() {
             let (answer, _send) = requests.send_request(request, true).ok()?;
             answer.await.ok().map(|answer| answer.status())
         };
-        let spoken = soon(spoken).await;
+        let spoken = soon(Box::pin(spoken)).await;
         assert_eq!(
             spoken == Some(StatusCode::OK),
             is_taken,

@@ -134,7 +134,7 @@ async fn watched(pair: &Pair) -> (HboneStream, HboneStream) {
         let take = |requested: Requested| {
             drop(sender.take().unwrap().send(requested.accept().unwrap()));
         };
-        accepted.serve(&shutdown, take).await;
+        Box::pin(accepted.serve(&shutdown, take)).await;
     });
     let call = pair.caller.call(address, ECHO).await;
     let client = soon(pair.pool.open(&call)).await.unwrap();
@@ -144,34 +144,30 @@ async fn watched(pair: &Pair) -> (HboneStream, HboneStream) {
 #[tokio::test]
 async fn an_abort_by_either_side_resets_the_other() {
     let pair = Pair::new(1).await;
-    for client_first in [true, false] {
-        for is_dropped_only in [true, false] {
-            for after_shutdown in [true, false] {
-                let (client, server) = watched(&pair).await;
-                let (mut first, mut second) = if client_first {
-                    (client, server)
-                } else {
-                    (server, client)
-                };
-                if after_shutdown {
-                    first.shutdown().await.unwrap();
-                    assert_eq!(soon(second.read(&mut [0; 8])).await.unwrap(), 0);
-                }
-                if !is_dropped_only {
-                    first.abort();
-                }
-                drop(first);
-                if after_shutdown {
-                    // Nobody reads any more: asking tells.
-                    until(|| second.pending_error().is_some()).await;
-                    let error = second.pending_error().unwrap();
-                    assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{error:?}");
-                } else {
-                    let error = soon(second.read(&mut [0; 8])).await.unwrap_err();
-                    assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{error:?}");
-                }
-            }
+    for case in 0..8_u8 {
+        let [client_first, is_dropped_only, after_shutdown] = [1, 2, 4].map(|bit| case & bit > 0);
+        let (client, server) = watched(&pair).await;
+        let (mut first, mut second) = if client_first {
+            (client, server)
+        } else {
+            (server, client)
+        };
+        if after_shutdown {
+            first.shutdown().await.unwrap();
+            assert_eq!(soon(second.read(&mut [0; 8])).await.unwrap(), 0);
         }
+        if !is_dropped_only {
+            first.abort();
+        }
+        drop(first);
+        let error = if after_shutdown {
+            // Nobody reads any more: asking tells.
+            until(|| second.pending_error().is_some()).await;
+            second.pending_error().unwrap()
+        } else {
+            soon(second.read(&mut [0; 8])).await.unwrap_err()
+        };
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{error:?}");
     }
 }
 
