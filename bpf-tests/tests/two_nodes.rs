@@ -35,4 +35,5 @@ test_claims! {
     connections_reach_the_right_service
     an_agent_out_of_files_catches_up
     many_connections_at_once
+    calls_share_tunnels
 }
