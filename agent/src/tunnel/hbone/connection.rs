@@ -9,7 +9,7 @@ use tokio::time::{Duration, timeout};
 
 use crate::identity::{certificates::Certificates, spiffe::SpiffeId, workload_tls::WorkloadTls};
 
-/// What a peer may send on one stream before it is read: see docs/performance.md for how it was chosen.
+/// What a peer may send on one stream before it is read: 1 MiB carries 1 Gbit/s over 8 ms.
 pub(super) const STREAM_WINDOW: u32 = 1 << 20;
 
 /// What a peer may send on all streams of a connection. As good as none: only a stream's own window holds its bytes

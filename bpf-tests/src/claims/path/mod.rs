@@ -51,6 +51,6 @@ pub const TOPIC: Topic = Topic {
         scale::connections_reach_the_right_service: "connections from 32 threads to 500 virtual addresses reach the right service, each";
         scale::an_agent_out_of_files_catches_up: "an agent that may open no more files keeps callers waiting and serves them once it may";
         scale::many_connections_at_once: "one workload holds more connections at once than there are ephemeral ports";
-        shared::calls_share_tunnels: "connections by HBONE share a few tunnels; half-closes, resets and denials stay what they are";
+        shared::calls_share_tunnels: "connections by HBONE share a few tunnels; half-closes and resets stay what they are";
     },
 };
