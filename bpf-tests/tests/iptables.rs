@@ -83,7 +83,8 @@ test_claims_by! {
     a_stop_drains
     connections_reach_the_right_service
     an_agent_out_of_files_catches_up
-    many_connections_at_once;
+    many_connections_at_once
+    calls_share_tunnels;
 
     IptablesLegacy, path_legacy: path::TOPIC:
     all_kinds_of_workloads_call_and_serve

@@ -6,7 +6,7 @@
 //! proxy as they find any other. The [`Registrar`] looks at Consul's agent and at the sockets once a second: a request to
 //! the same host costs less than a watch on the servers, and sees what a restarted Consul agent forgot.
 //!
-//! [`plan`] decides, [`ports`] remembers, this does. Who makes the listeners tells the registrar at which ports there is
+//! [`mod@plan`] decides, [`ports`] remembers, this does. Who makes the listeners tells the registrar at which ports there is
 //! one: a port is open before it is registered.
 
 pub mod plan;
