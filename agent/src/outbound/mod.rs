@@ -153,7 +153,7 @@ impl Outbound {
         record.enter(Stage::Route);
         let callee = match self.destination(captured, wanted).await {
             Ok(callee) => callee,
-            Err(outcome) => return outcome,
+            Err(outcome) => return self.denied(&caller, wanted, record).unwrap_or(outcome),
         };
         record.service(&callee.service.name);
 

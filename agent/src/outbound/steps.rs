@@ -146,6 +146,26 @@ impl Outbound {
         })
     }
 
+    /// Why there is no callee, if intentions say so: what no service of this node may call is in no catalog here.
+    pub(super) fn denied(
+        &self,
+        caller: &Caller,
+        wanted: Wanted<'_>,
+        record: &mut ConnectionRecord,
+    ) -> Option<Outcome> {
+        let Wanted::Service(name) = wanted else {
+            return None;
+        };
+        let decision = self.policy.current().decide(&caller.identity, name);
+        if decision.action == IntentionAction::Allow {
+            return None;
+        }
+        record.service(name);
+        record.enter(Stage::Policy);
+        record.decision(decision.reason.to_string());
+        Some(Outcome::Denied)
+    }
+
     /// Step 5: intentions.
     pub(super) fn authorise<'a>(
         &self,

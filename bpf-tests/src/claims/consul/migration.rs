@@ -64,10 +64,20 @@ pub(super) fn explicit_upstreams_go_on(_size: Size) -> Result<Finding> {
         Ok((!allowed).then_some(()))
     })?;
     let (shop, guest) = (reads(&mesh.shop)?, reads(&mesh.guest)?);
+    // Now nobody here may call it, and it leaves this node's catalog.
+    mesh.api().intend("shop", "db", "deny")?;
+    wait_for_value("the last denial", SOON, || {
+        let allowed = super::intentions::allows(&mesh.lab.a, "shop", "db")?;
+        Ok((!allowed).then_some(()))
+    })?;
+    let seen = mesh.lab.a.access_log().len();
+    let denied = !reads(&mesh.shop)?;
+    let told = mesh.lab.a.wait_for_access_log(seen, &["svc/shop"])?;
     Ok(Finding::new(
-        shop && !guest,
+        shop && !guest && denied && told.contains("outcome=denied"),
         format!(
-            "at port {TO_DB} of the registration, without a sidecar: shop {}, guest, whom an intention denies, {}",
+            "at port {TO_DB} of the registration, without a sidecar: shop {}, guest, whom an intention denies, {}; \
+             with shop denied too, the access log has {told}",
             if shop { "reads" } else { "reads nothing" },
             if guest { "reads" } else { "reads nothing" },
         ),
