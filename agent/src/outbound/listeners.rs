@@ -184,7 +184,7 @@ impl CaptureNamespaces {
                 .spawn("capture listener", async move {
                     tokio::select! {
                         () = closed.cancelled() => {}
-                        () = outbound.serve(listener) => {}
+                        () = outbound.serve(listener, None) => {}
                     }
                 });
         }

@@ -12,7 +12,10 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::net::{TcpListener, TcpStream};
 
-use self::balance::{Balancer, Ejection};
+use self::{
+    balance::{Balancer, Ejection},
+    upstreams::Upstream,
+};
 use crate::{
     accept::accept_all,
     catalog::{consul::ConsulHandle, model::ServiceName, store::CatalogStore},
@@ -89,8 +92,8 @@ enum Wanted<'a> {
 pub(crate) const DRAINED: &str = "drain deadline";
 
 impl Outbound {
-    /// Serves one capture listener until draining starts.
-    pub async fn serve(self: Arc<Self>, listener: TcpListener) {
+    /// Serves one capture listener, or that of an explicit upstream, until draining starts.
+    async fn serve(self: Arc<Self>, listener: TcpListener, upstream: Option<Arc<Upstream>>) {
         let shutdown = self.shutdown.clone();
         accept_all(
             listener,
@@ -102,9 +105,9 @@ impl Outbound {
                     refuse_at_limit(&self.telemetry, Direction::Outbound, stream, None);
                     return;
                 };
-                let outbound = Arc::clone(&self);
+                let (outbound, upstream) = (Arc::clone(&self), upstream.clone());
                 self.shutdown.spawn("outbound connection", async move {
-                    outbound.carry(stream, peer).await;
+                    outbound.carry(stream, peer, upstream.as_deref()).await;
                     drop(slot);
                 });
             },
@@ -113,9 +116,21 @@ impl Outbound {
     }
 
     /// Carries one accepted connection to its end. Always leaves one access-log line, but for the agent's own probes.
-    async fn carry(&self, mut downstream: TcpStream, peer: SocketAddr) {
+    async fn carry(
+        &self,
+        mut downstream: TcpStream,
+        peer: SocketAddr,
+        upstream: Option<&Upstream>,
+    ) {
         let mut record = ConnectionRecord::begin(&self.telemetry, Direction::Outbound);
-        let outcome = match self.capture(&downstream, peer) {
+        let (captured, wanted) = match upstream {
+            None => (self.capture(&downstream, peer), Wanted::Captured),
+            Some(upstream) => {
+                let captured = upstream.capture(&downstream, peer);
+                (captured, Wanted::Service(&upstream.service))
+            }
+        };
+        let outcome = match captured {
             Ok(captured) if health::is_probe(&captured) => {
                 record.discard();
                 return health::answer(&mut downstream).await;
@@ -123,7 +138,7 @@ impl Outbound {
             Ok(captured) => tokio::select! {
                 biased;
                 () = self.shutdown.forced() => Outcome::Cut(DRAINED.to_owned()),
-                outcome = self.carry_captured(&mut downstream, &captured, Wanted::Captured, &mut record) => outcome,
+                outcome = self.carry_captured(&mut downstream, &captured, wanted, &mut record) => outcome,
             },
             Err(outcome) => outcome,
         };

@@ -14,17 +14,15 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
-use super::{DRAINED, Outbound, Wanted, refuse_at_limit};
+use super::Outbound;
 use crate::{
-    accept::accept_all,
     catalog::{model::ServiceName, store::id_of},
     datapath::{Captured, NetnsCookie},
-    relay::Endpoint as _,
-    sock_diag::{SockDiag, SockDiagError, SocketOwner},
+    sock_diag::SockDiag,
     sockets::{Kept, ListeningSockets, SocketKey},
     telemetry::{
         log::chain,
-        record::{ConnectionRecord, Direction, Outcome, Side, Stage},
+        record::{Outcome, Side, Stage},
     },
 };
 
@@ -120,7 +118,7 @@ impl UpstreamListeners {
             .spawn("upstream listener", async move {
                 tokio::select! {
                     () = ended.cancelled() => {}
-                    () = outbound.serve_upstream(listener, upstream) => {}
+                    () = outbound.serve(listener, Some(upstream)) => {}
                 }
             });
         tracing::info!(%address, %service, "upstream open");
@@ -136,24 +134,35 @@ impl UpstreamListeners {
 
 /// What a connection to one of the listeners asks for.
 #[derive(Debug)]
-struct Upstream {
-    service: ServiceName,
+pub(super) struct Upstream {
+    pub(super) service: ServiceName,
     netns: NetnsCookie,
     clients: Arc<SockDiag>,
 }
 
 impl Upstream {
-    /// What the programs would have recorded of this connection.
-    ///
-    /// # Errors
-    /// If the kernel does not tell; `None` if the client's socket is not in this namespace, or gone.
-    fn captured(
+    /// Step 3 for a connection to the listener: what the programs would have recorded of a captured one.
+    pub(super) fn capture(
         &self,
-        local: SocketAddr,
+        downstream: &TcpStream,
         client: SocketAddr,
-    ) -> Result<Option<Captured>, SockDiagError> {
-        let owner = self.clients.socket_of(client, local)?;
-        let captured = |owner: SocketOwner| Captured {
+    ) -> Result<Captured, Outcome> {
+        let failed = |side, error| Outcome::Failed {
+            stage: Stage::Capture,
+            side,
+            error,
+        };
+        let internal =
+            |error: &dyn std::error::Error| failed(Side::Internal, chain(error).to_string());
+        let local = downstream.local_addr().map_err(|error| internal(&error))?;
+        let owner = self.clients.socket_of(client, local);
+        let Some(owner) = owner.map_err(|error| internal(&error))? else {
+            let error = format!(
+                "the kernel does not tell whose socket {client} is: it is of another network namespace, or closed"
+            );
+            return Err(failed(Side::Downstream, error));
+        };
+        Ok(Captured {
             destination: local,
             service: id_of(&self.service),
             cgroup: owner.cgroup,
@@ -162,84 +171,7 @@ impl Upstream {
             // The kernel does not say, and it decides nothing.
             process: 0,
             socket_cookie: owner.cookie,
-        };
-        Ok(owner.map(captured))
-    }
-}
-
-impl Outbound {
-    async fn serve_upstream(self: Arc<Self>, listener: TcpListener, upstream: Arc<Upstream>) {
-        let shutdown = self.shutdown.clone();
-        accept_all(
-            listener,
-            Direction::Outbound,
-            &self.telemetry,
-            &shutdown,
-            |stream, peer| {
-                let Some(slot) = self.connections.admit(Direction::Outbound) else {
-                    refuse_at_limit(&self.telemetry, Direction::Outbound, stream, None);
-                    return;
-                };
-                let (outbound, upstream) = (Arc::clone(&self), Arc::clone(&upstream));
-                self.shutdown.spawn("upstream connection", async move {
-                    outbound.carry_upstream(stream, peer, &upstream).await;
-                    drop(slot);
-                });
-            },
-        )
-        .await;
-    }
-
-    /// As [`Self::carry`], but for who says what is wanted: here it is the listener.
-    async fn carry_upstream(
-        &self,
-        mut downstream: TcpStream,
-        client: SocketAddr,
-        upstream: &Upstream,
-    ) {
-        let mut record = ConnectionRecord::begin(&self.telemetry, Direction::Outbound);
-        let outcome = match capture(&downstream, client, upstream) {
-            Ok(captured) => tokio::select! {
-                biased;
-                () = self.shutdown.forced() => Outcome::Cut(DRAINED.to_owned()),
-                outcome = self.carry_captured(
-                    &mut downstream,
-                    &captured,
-                    Wanted::Service(&upstream.service),
-                    &mut record,
-                ) => outcome,
-            },
-            Err(outcome) => outcome,
-        };
-        if !matches!(outcome, Outcome::Completed) {
-            downstream.abort();
-        }
-        record.finish(outcome);
-    }
-}
-
-fn capture(
-    downstream: &TcpStream,
-    client: SocketAddr,
-    upstream: &Upstream,
-) -> Result<Captured, Outcome> {
-    let failed = |side, error| Outcome::Failed {
-        stage: Stage::Capture,
-        side,
-        error,
-    };
-    let local = downstream
-        .local_addr()
-        .map_err(|error| failed(Side::Internal, chain(&error).to_string()))?;
-    match upstream.captured(local, client) {
-        Ok(Some(captured)) => Ok(captured),
-        Ok(None) => Err(failed(
-            Side::Downstream,
-            format!(
-                "the kernel does not tell whose socket {client} is: it is of another network namespace, or closed"
-            ),
-        )),
-        Err(error) => Err(failed(Side::Internal, chain(&error).to_string())),
+        })
     }
 }
 
