@@ -129,3 +129,54 @@ fn is_without_acls(error: &ConsulError) -> bool {
         | ConsulError::Decode { .. } => false,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use serde_json::json;
+    use tokio::time::{Instant, sleep};
+
+    use super::*;
+    use crate::consul::testing::RealConsul;
+
+    fn missing(rights: &[Right]) -> usize {
+        rights
+            .iter()
+            .filter(|right| right.problem.is_some())
+            .count()
+    }
+
+    #[tokio::test]
+    async fn without_acls_everything_may_be_done() {
+        let Some(consul) = RealConsul::start(json!({})).await else {
+            return;
+        };
+        let rights = check(&consul.client()).await;
+        assert_eq!(
+            (rights.len(), missing(&rights)),
+            (1 + NEEDED.len(), 0),
+            "{rights:?}"
+        );
+    }
+
+    #[tokio::test]
+    async fn what_a_token_may_not_do_is_told() {
+        let acl = json!({"acl": {"enabled": true, "default_policy": "deny", "tokens": {"master": "root"}}});
+        let Some(consul) = RealConsul::start(acl).await else {
+            return;
+        };
+        let root = consul.client_with("root", "root");
+        let deadline = Instant::now() + Duration::from_secs(20);
+        // Until the ACLs are in force.
+        while missing(&check(&root).await) > 0 {
+            assert!(Instant::now() < deadline, "{:?}", check(&root).await);
+            sleep(Duration::from_millis(50)).await;
+        }
+        let rights = check(&consul.client()).await;
+        assert_eq!(missing(&rights), 1 + NEEDED.len(), "{rights:?}");
+        for right in rights {
+            assert!(right.problem.unwrap_or_default().ends_with(right.rule));
+        }
+    }
+}

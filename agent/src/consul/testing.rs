@@ -28,12 +28,9 @@ impl Drop for RealConsul {
     }
 }
 
-/// The program: where `PATH` has it, or unpacked from Debian's package below `target/consul`.
+/// The program: where `PATH` has it, or where `cargo xtask` puts it.
 pub(crate) fn program() -> Option<PathBuf> {
-    let unpacked = concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/../target/consul/root/usr/bin/consul"
-    );
+    let unpacked = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/fetched/consul");
     let installed = ["/usr/local/bin/consul", "/usr/bin/consul", unpacked];
     installed
         .into_iter()
