@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use serde_json::Value;
 
 use super::intentions::live;
@@ -20,33 +20,31 @@ use crate::{
 /// Consul's agents wait up to half a minute before they renew a leaf.
 const RENEWED: Duration = Duration::from_secs(90);
 
-/// Waits until every certificate in use on `node` was made after those of `before`.
-fn until_renewed(node: &Node, before: &[(String, String)]) -> Result<()> {
-    wait_for_value("leaves under the new root", RENEWED, || {
+/// What tells a certificate from the one after it. The end alone does not: it has whole seconds, and Consul may renew
+/// within the one in which it issued.
+type Certificate = [String; 3];
+
+/// Waits until none of the certificates `before` is in use on `node`.
+fn until_renewed(node: &Node, before: &[Certificate]) -> Result<()> {
+    let renewed = wait_for_value("leaves under the new root", RENEWED, || {
         let now = certificates(node)?;
         let renewed = before.iter().all(|old| !now.contains(old));
         Ok((renewed && !now.is_empty()).then_some(()))
-    })
+    });
+    renewed.with_context(|| format!("{}, which said\n{}", node.name(), node.agent_said()))
 }
 
-/// Identities with the end of their certificates, which every renewal moves.
-fn certificates(node: &Node) -> Result<Vec<(String, String)>> {
+/// Identity, end and issuer of each.
+fn certificates(node: &Node) -> Result<Vec<Certificate>> {
     let status = node.status()?;
     let all = status.get("certificates").and_then(Value::as_array);
-    let text = |certificate: &Value, key: &str| {
-        let text = certificate.get(key).and_then(Value::as_str);
-        text.unwrap_or_default().to_owned()
-    };
-    Ok(all
-        .into_iter()
-        .flatten()
-        .map(|certificate| {
-            (
-                text(certificate, "identity"),
-                text(certificate, "not_after"),
-            )
+    let of = |certificate: &Value| {
+        ["identity", "not_after", "issuer"].map(|key| {
+            let text = certificate.get(key).and_then(Value::as_str);
+            text.unwrap_or_default().to_owned()
         })
-        .collect())
+    };
+    Ok(all.into_iter().flatten().map(of).collect())
 }
 
 pub(super) fn a_rotated_root_costs_no_connection(size: Size) -> Result<Finding> {
