@@ -442,6 +442,7 @@ static CHOICE: LazyLock<(Targets, LocalDomain)> = LazyLock::new(|| {
         is_whole: true,
         services: services.into_iter().collect(),
         intentions: vec![],
+        nodes: BTreeMap::new(),
         default_intention: None,
     };
     let (allocator, _no_problem) = VipAllocator::new(pools(), None, Duration::ZERO);
@@ -528,6 +529,7 @@ pub fn vip_state(bytes: &[u8]) {
             .into_iter()
             .collect(),
         intentions: vec![],
+        nodes: BTreeMap::new(),
         default_intention: None,
     };
     let now: SystemTime = UNIX_EPOCH + NOW;

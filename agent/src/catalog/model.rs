@@ -21,6 +21,8 @@ pub struct Snapshot {
     pub is_whole: bool,
     /// Services by name. A service with only a `service-defaults` entry is here too, without instances.
     pub services: BTreeMap<ServiceName, Arc<Service>>,
+    /// Where nodes are, as far as the source says.
+    pub nodes: BTreeMap<NodeName, IpAddr>,
     /// Intentions in no particular order; [`crate::policy`] sorts them by precedence.
     pub intentions: Vec<Intention>,
     /// The answer where no intention matches, if the source has one; else the configuration's.

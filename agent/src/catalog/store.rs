@@ -186,6 +186,7 @@ mod tests {
         Snapshot {
             is_whole: true,
             services: names.iter().map(service).collect(),
+            nodes: BTreeMap::new(),
             intentions: vec![],
             default_intention: None,
         }

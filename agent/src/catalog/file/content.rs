@@ -39,6 +39,7 @@ pub(crate) struct Content {
 pub(super) struct Registered {
     pub(super) service: ServiceName,
     pub(super) instance: Arc<Instance>,
+    pub(super) node_address: Option<IpAddr>,
     pub(super) explicit_addresses: Vec<IpAddr>,
     pub(super) virtual_ports: Vec<u16>,
 }
@@ -210,6 +211,7 @@ fn registered(
     });
     Ok(Registered {
         service: service.name,
+        node_address: place.address,
         instance: Arc::new(Instance {
             id,
             node: place.node.clone(),

@@ -144,6 +144,7 @@ impl FileSource {
     fn combine(&self, problems: &mut Vec<Problem>) -> Snapshot {
         let mut services: BTreeMap<ServiceName, Building> = BTreeMap::new();
         let mut instances: HashSet<(NodeName, InstanceId)> = HashSet::new();
+        let mut nodes: BTreeMap<NodeName, IpAddr> = BTreeMap::new();
         let mut intentions: Vec<Intention> = Vec::new();
         let mut pairs: HashSet<(IntentionMatch, IntentionMatch)> = HashSet::new();
         let mut with_defaults: HashSet<&ServiceName> = HashSet::new();
@@ -156,6 +157,10 @@ impl FileSource {
                 });
             };
             for registered in &content.instances {
+                if let Some(address) = registered.node_address {
+                    let node = registered.instance.node.clone();
+                    nodes.entry(node).or_insert(address);
+                }
                 let Registered {
                     service, instance, ..
                 } = registered;
@@ -209,6 +214,7 @@ impl FileSource {
         Snapshot {
             is_whole: self.was_read_whole,
             services,
+            nodes,
             intentions,
             default_intention: None,
         }

@@ -37,6 +37,7 @@ fn snapshot<'a>(services: impl IntoIterator<Item = (&'a str, Option<&'a str>)>) 
     Snapshot {
         is_whole: true,
         services: services.into_iter().map(service).collect(),
+        nodes: BTreeMap::new(),
         intentions: vec![],
         default_intention: None,
     }
