@@ -14,6 +14,7 @@ pub mod identity;
 pub mod policy;
 pub mod catalog;
 pub mod consul;
+pub mod dns;
 pub mod datapath;
 pub mod config;
 pub mod telemetry;

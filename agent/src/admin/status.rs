@@ -217,7 +217,7 @@ pub struct ConnectionCounts {
 /// Where the agent listens.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ListenerStatus {
-    /// What for: `capture`, `tunnel`, `metrics`, `admin`.
+    /// What for: `capture`, `tunnel`, `metrics`, `dns`, `admin`.
     pub purpose: String,
     /// The address, or the path of a Unix socket.
     pub address: String,

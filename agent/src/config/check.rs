@@ -122,6 +122,7 @@ pub(super) fn check(raw: raw::Config, merged: &Merged) -> Result<Config, ConfigE
             format!("{port}: expected another port than {other}")
         });
     }
+    let dns = super::dns::check(c, raw.dns);
     let limits = limits(c, &raw.limits);
     let telemetry = telemetry(c, raw.telemetry);
     if let Some(address) = telemetry.metrics {
@@ -148,6 +149,7 @@ pub(super) fn check(raw: raw::Config, merged: &Merged) -> Result<Config, ConfigE
             workloads,
             away,
             tunnel,
+            dns,
             limits,
             telemetry,
             admin: AdminConfig {

@@ -5,6 +5,7 @@
 
 mod check;
 mod consul;
+mod dns;
 mod merge;
 mod raw;
 #[cfg(test)]
@@ -27,6 +28,7 @@ use crate::{
 
 pub use consul::ConsulConfig;
 
+pub use self::dns::DnsConfig;
 pub use crate::telemetry::{access_log::Destination as AccessLog, log::LogFormat};
 
 /// Where the configuration is looked for unless `--config` says otherwise.
@@ -59,6 +61,8 @@ pub struct Config {
     pub away: BTreeMap<ServiceName, AwayPolicy>,
     /// `[tunnel]`
     pub tunnel: TunnelConfig,
+    /// `[dns]`
+    pub dns: DnsConfig,
     /// `[limits]`
     pub limits: LimitsConfig,
     /// `[telemetry]`
@@ -378,6 +382,7 @@ impl Config {
                 "telemetry",
                 telemetry(&self.telemetry) != telemetry(&new.telemetry),
             ),
+            ("dns", self.dns != new.dns),
             ("admin", self.admin != new.admin),
         ];
         checks

@@ -41,6 +41,8 @@ pub(super) struct Config {
     #[serde(default)]
     pub(super) tunnel: Tunnel,
     #[serde(default)]
+    pub(super) dns: super::dns::RawDns,
+    #[serde(default)]
     pub(super) limits: Limits,
     #[serde(default)]
     pub(super) telemetry: Telemetry,
@@ -506,7 +508,7 @@ fn port<'de, D: Deserializer<'de>>(from: D) -> Result<u16, D::Error> {
     Whole::deserialize(from).map(|Whole(port)| port)
 }
 
-fn count<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
+pub(super) fn count<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
     Whole::deserialize(from).map(|Whole(count)| count)
 }
 

@@ -53,6 +53,8 @@ fn defaults_fill_the_least_configuration() {
         [PathBuf::from("/etc/sidestep/ca/ca.pem")]
     );
     assert_eq!(config.limits.idle_timeout, None);
+    assert_eq!(config.dns.listen, []);
+    assert_eq!(config.dns.domain.to_string(), "consul.");
 }
 
 #[test]
@@ -150,6 +152,22 @@ fn a_value_of_the_wrong_kind_names_what_was_expected() {
             "telemetry.metrics: \"here\": expected \"off\" or an address",
         ),
         (
+            "[dns]\nlisten = \"8600\"",
+            "dns.listen: \"8600\": expected \"off\", or an address and port",
+        ),
+        (
+            "[dns]\nlisten = 8600",
+            "dns.listen: invalid type: integer `8600`, expected \"off\", or an address and port",
+        ),
+        (
+            "[dns]\nservice_answers = \"both\"",
+            "dns.service_answers: unknown variant `both`, expected `virtual` or `instances`",
+        ),
+        (
+            "[dns]\nupstreams = [\"dns.test\"]",
+            "dns.upstreams: \"dns.test\": expected a list of name servers",
+        ),
+        (
             "[identity]\ntrust_domain = \"No Domain\"",
             "identity.trust_domain: ",
         ),
@@ -229,6 +247,22 @@ fn a_value_that_cannot_be_used_is_named_with_what_was_expected() {
         (
             "[telemetry]\naccess_log = \"x\"",
             "telemetry.access_log: \"x\": expected \"off\"",
+        ),
+        (
+            "[dns]\nlisten = \"0.0.0.0:53\"",
+            "dns.listen: 0.0.0.0:53: expected one address of this node",
+        ),
+        (
+            "[dns]\nlisten = \"127.0.0.1:8600\"\nupstreams = [\"127.0.0.1:8600\"]",
+            "dns.upstreams: 127.0.0.1:8600: expected another name server",
+        ),
+        (
+            "[dns]\ndomain = \".\"",
+            "dns.domain: \".\": expected a domain",
+        ),
+        (
+            "[dns]\nttl = \"2h\"",
+            "dns.ttl: 7200 s: expected at most an hour",
         ),
         (
             "[identity]\nleaf_ttl = \"1s\"",

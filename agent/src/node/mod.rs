@@ -8,6 +8,7 @@ mod away;
 mod consul;
 mod follow;
 mod heartbeat;
+mod names;
 mod next_agent;
 mod source;
 mod start;

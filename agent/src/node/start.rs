@@ -148,6 +148,7 @@ pub(super) async fn start(
     begin_capture(&mut follower)?;
     source.watch(&node);
     log_refusals(&node)?;
+    super::names::serve(&node)?;
     // Last: whoever gets an answer from the agent may count on capture.
     serve_operators(&node, inheritance.takes_over).await?;
     node.sockets.close_unused();

@@ -304,11 +304,14 @@ fn listeners(node: &Node) -> Vec<ListenerStatus> {
         .telemetry
         .metrics
         .map(|a| listener("metrics", a.to_string(), None));
+    let dns = config.dns.listen.iter();
+    let dns = dns.map(|a| listener("dns", a.to_string(), None));
     let admin = listener("admin", config.admin.socket.display().to_string(), None);
     captures
         .chain(tunnels)
         .chain(upstreams)
         .chain(metrics)
+        .chain(dns)
         .chain([admin])
         .collect()
 }

@@ -105,6 +105,10 @@ metrics! {
         "Connections made to a capture listener directly, and reset";
     ACCEPT_ERRORS: "sidestep_accept_errors_total", Counter, ["direction"],
         "Failed accepts, mostly for want of file descriptors";
+    DNS_QUERIES: "sidestep_dns_queries_total", Counter, ["transport", "outcome"],
+        "DNS queries that came in, by what became of them";
+    DNS_FORWARD_DURATION: "sidestep_dns_forward_duration_seconds", Histogram, [],
+        "Time until an upstream answered a query that was forwarded, failures left out";
     ATTACHED_PROGRAMS: "sidestep_attached_programs", Gauge, [],
         "eBPF programs that the agent holds attached";
     CAPTURE_EFFECTIVE: "sidestep_capture_effective", Gauge, [],

@@ -42,6 +42,8 @@ pub struct Metrics {
     uncaptured: Counter,
     accept_errors: Family<DirectionLabel, Counter>,
     dropped: DroppedLines,
+    dns_queries: Family<DnsLabels, Counter>,
+    dns_forward: Histogram,
     observer: Arc<ObserverCell>,
 }
 
@@ -58,6 +60,8 @@ impl Metrics {
         let uncaptured = Counter::default();
         let accept_errors = Family::default();
         let dropped = DroppedLines::default();
+        let dns_queries = Family::default();
+        let dns_forward = seconds();
         let build = Info::new(vec![("version", version.to_owned())]);
 
         registry.register_collector(Box::new(Arc::clone(&connections)));
@@ -66,6 +70,12 @@ impl Metrics {
         register(&mut registry, &names::UNCAPTURED, uncaptured.clone());
         register(&mut registry, &names::ACCEPT_ERRORS, accept_errors.clone());
         register(&mut registry, &names::ACCESS_LOG_DROPPED, dropped.family());
+        register(&mut registry, &names::DNS_QUERIES, dns_queries.clone());
+        register(
+            &mut registry,
+            &names::DNS_FORWARD_DURATION,
+            dns_forward.clone(),
+        );
         register(&mut registry, &names::BUILD, build);
         registry.register_collector(Box::new(Arc::clone(&observer)));
         registry.register_collector(Box::new(ProcessCollector::new(SystemTime::now())));
@@ -77,6 +87,8 @@ impl Metrics {
             uncaptured,
             accept_errors,
             dropped,
+            dns_queries,
+            dns_forward,
             observer,
         }
     }
@@ -110,6 +122,18 @@ impl Metrics {
         self.accept_errors
             .get_or_create(&DirectionLabel(direction))
             .inc();
+    }
+
+    /// A DNS query came to this.
+    pub fn dns_query(&self, transport: DnsTransport, outcome: DnsOutcome) {
+        self.dns_queries
+            .get_or_create(&DnsLabels { transport, outcome })
+            .inc();
+    }
+
+    /// An upstream answered after so long.
+    pub fn dns_forwarded(&self, took: Duration) {
+        self.dns_forward.observe(took.as_secs_f64());
     }
 
     /// Where [`super::access_log::AccessLog`] counts what it could not write.
@@ -241,6 +265,87 @@ impl EncodeLabelSet for CauseLabel {
             Cause::WriteFailed => "write_failed",
         };
         [("cause", cause)].encode(encoder)
+    }
+}
+
+/// How a DNS query came, and its answer goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DnsTransport {
+    /// One datagram each way.
+    Udp,
+    /// A stream of messages, each behind its length.
+    Tcp,
+}
+
+impl DnsTransport {
+    /// The value of the label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Udp => "udp",
+            Self::Tcp => "tcp",
+        }
+    }
+}
+
+/// What became of a DNS query.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DnsOutcome {
+    /// One of our names, with records.
+    Answered,
+    /// One of our names, without records of that type.
+    NoData,
+    /// Below our domain, but no name.
+    NoName,
+    /// Below our domain, but what it leads to is not known now, or not here.
+    NotKnown,
+    /// An upstream answered it.
+    Forwarded,
+    /// No upstream answered it.
+    UpstreamFailed,
+    /// It asks for what is not done here, or there is no upstream to ask.
+    Refused,
+    /// It cannot be read.
+    Malformed,
+    /// Whoever sent it may not ask.
+    NotAllowed,
+    /// Whoever sent it asks too much.
+    RateLimited,
+    /// Too many at once.
+    Overloaded,
+}
+
+impl DnsOutcome {
+    /// The value of the label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Answered => "answered",
+            Self::NoData => "no_data",
+            Self::NoName => "no_name",
+            Self::NotKnown => "not_known",
+            Self::Forwarded => "forwarded",
+            Self::UpstreamFailed => "upstream_failed",
+            Self::Refused => "refused",
+            Self::Malformed => "malformed",
+            Self::NotAllowed => "not_allowed",
+            Self::RateLimited => "rate_limited",
+            Self::Overloaded => "overloaded",
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct DnsLabels {
+    transport: DnsTransport,
+    outcome: DnsOutcome,
+}
+
+impl EncodeLabelSet for DnsLabels {
+    fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> Result<(), fmt::Error> {
+        [
+            ("transport", self.transport.as_str()),
+            ("outcome", self.outcome.as_str()),
+        ]
+        .encode(encoder)
     }
 }
 

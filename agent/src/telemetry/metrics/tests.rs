@@ -26,6 +26,8 @@ fn eventful() -> Metrics {
     metrics.handshaken(Direction::Inbound, Duration::from_millis(1));
     metrics.uncaptured();
     metrics.accept_failed(Direction::Inbound);
+    metrics.dns_query(DnsTransport::Udp, DnsOutcome::Forwarded);
+    metrics.dns_forwarded(Duration::from_millis(1));
     metrics.observe(|| Observations {
         capture: vec![("rewritten", 5)],
         hand_over: vec![("published", 5)],
@@ -50,6 +52,8 @@ fn eventful() -> Metrics {
             failing: false,
         }],
     });
+    metrics.dns_query(DnsTransport::Udp, DnsOutcome::Forwarded);
+    metrics.dns_forwarded(Duration::from_millis(1));
     metrics
 }
 

@@ -306,6 +306,8 @@ impl State {
         Snapshot {
             is_whole: self.is_whole(queries),
             services: self.built.clone(),
+            // Names of nodes are answered by Consul.
+            nodes: BTreeMap::new(),
             intentions: policy.intentions.clone(),
             default_intention: policy.default,
         }

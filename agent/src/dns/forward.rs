@@ -1,0 +1,351 @@
+//! Queries that are not ours: to their server and back, unchanged but for the id.
+//!
+//! Each goes from a socket of its own, with a port and an id that nobody can guess, and only what comes from its
+//! server and repeats its question counts as the answer (RFC 5452).
+
+use std::{
+    fs, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use parking_lot::Mutex;
+use rustls::crypto::SecureRandom;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpStream, UdpSocket},
+    sync::{Semaphore, mpsc},
+    time::{Instant, timeout},
+};
+
+use super::{Query, Transport, message};
+
+/// How long a server has. Two tries end before resolvers give up: glibc after 5 s.
+const TRY: Duration = Duration::from_secs(2);
+
+/// Tries of a query: the second at the next server, if there is one.
+const TRIES: usize = 2;
+
+/// How long a server may be silent within the transfer of a zone.
+const TRANSFER_PAUSE: Duration = Duration::from_secs(10);
+
+/// Queries on their way at once. It also bounds a loop between resolvers.
+const IN_FLIGHT_MAX: usize = 2048;
+
+/// As many servers as resolv.conf(5) has.
+const SERVERS_MAX: usize = 3;
+
+/// How often `resolv.conf` is looked at.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Where queries go that are not ours.
+#[derive(Debug)]
+pub enum Upstreams {
+    /// To these, in this order.
+    Configured(Vec<SocketAddr>),
+    /// To those that a `resolv.conf` names, as it is now.
+    ResolvConf(ResolvConf),
+}
+
+/// A `resolv.conf` that is read again when it changes.
+#[derive(Debug)]
+pub struct ResolvConf {
+    path: PathBuf,
+    /// Our own listeners, which would make a loop.
+    own: Vec<SocketAddr>,
+    read: Mutex<Option<ReadConf>>,
+}
+
+#[derive(Debug)]
+struct ReadConf {
+    looked_at: Instant,
+    modified: Option<SystemTime>,
+    servers: Vec<SocketAddr>,
+}
+
+impl ResolvConf {
+    /// The servers in `path` but for `own`.
+    pub fn new(path: PathBuf, own: Vec<SocketAddr>) -> Self {
+        Self {
+            path,
+            own,
+            read: Mutex::default(),
+        }
+    }
+
+    fn servers(&self) -> Vec<SocketAddr> {
+        let mut read = self.read.lock();
+        if let Some(read) = &*read
+            && read.looked_at.elapsed() < LOOK
+        {
+            return read.servers.clone();
+        }
+        let modified = fs::metadata(&self.path)
+            .and_then(|file| file.modified())
+            .ok();
+        let same = read.as_ref().filter(|read| read.modified == modified);
+        let servers = match same {
+            Some(same) => same.servers.clone(),
+            None => read_resolv_conf(&self.path, &self.own),
+        };
+        *read = Some(ReadConf {
+            looked_at: Instant::now(),
+            modified,
+            servers: servers.clone(),
+        });
+        servers
+    }
+}
+
+/// One that cannot be read names no server, and the log says why.
+fn read_resolv_conf(path: &Path, own: &[SocketAddr]) -> Vec<SocketAddr> {
+    match fs::read_to_string(path) {
+        Ok(text) => name_servers(&text, own),
+        Err(error) => {
+            tracing::warn!(path = %path.display(), %error, "name servers not read");
+            vec![]
+        }
+    }
+}
+
+/// The servers of a `resolv.conf` (resolv.conf(5)), but for `own`.
+pub(crate) fn name_servers(text: &str, own: &[SocketAddr]) -> Vec<SocketAddr> {
+    text.lines()
+        .filter_map(|line| {
+            let mut words = line.split_ascii_whitespace();
+            (words.next()? == "nameserver").then_some(())?;
+            let address: IpAddr = words.next()?.parse().ok()?;
+            Some(SocketAddr::new(address, 53))
+        })
+        .take(SERVERS_MAX)
+        .filter(|server| !own.contains(server))
+        .collect()
+}
+
+/// A query got no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum ForwardError {
+    /// It is for nobody: no upstream is configured, nor does `resolv.conf` name one besides ourselves.
+    #[error("no upstream to ask")]
+    NoUpstream,
+    /// [`IN_FLIGHT_MAX`] others wait.
+    #[error("too many queries wait for upstreams")]
+    TooMany,
+    /// The server was silent.
+    #[error("no answer from {server} over {}", .transport.as_str())]
+    NoAnswer {
+        /// The last that was asked.
+        server: SocketAddr,
+        /// How.
+        transport: Transport,
+    },
+    /// The server could not be asked.
+    #[error("ask {server} over {}", .transport.as_str())]
+    Exchange {
+        /// The last that was asked.
+        server: SocketAddr,
+        /// How.
+        transport: Transport,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Brings queries to servers.
+#[derive(Debug)]
+pub struct Forwarder {
+    upstreams: Upstreams,
+    in_flight: Semaphore,
+    random: &'static dyn SecureRandom,
+}
+
+impl Forwarder {
+    /// Asks `upstreams` what was not captured on its way to another.
+    pub fn new(upstreams: Upstreams) -> Self {
+        Self {
+            upstreams,
+            in_flight: Semaphore::new(IN_FLIGHT_MAX),
+            random: rustls::crypto::aws_lc_rs::default_provider().secure_random,
+        }
+    }
+
+    /// Whether there is anybody to ask.
+    pub fn has_upstreams(&self) -> bool {
+        match &self.upstreams {
+            Upstreams::Configured(servers) => !servers.is_empty(),
+            Upstreams::ResolvConf(file) => !file.servers().is_empty(),
+        }
+    }
+
+    /// Asks, and brings what comes to `replies`. An error means that nothing was brought.
+    pub(super) async fn exchange(
+        &self,
+        query: &Query<'_>,
+        replies: &mpsc::Sender<Vec<u8>>,
+    ) -> Result<(), ForwardError> {
+        let servers = match (query.server, &self.upstreams) {
+            (Some(server), _) => vec![server],
+            (None, Upstreams::Configured(servers)) => servers.clone(),
+            (None, Upstreams::ResolvConf(file)) => file.servers(),
+        };
+        let _permit = self
+            .in_flight
+            .try_acquire()
+            .map_err(|_full| ForwardError::TooMany)?;
+        let mut error = ForwardError::NoUpstream;
+        for server in servers.into_iter().cycle().take(TRIES) {
+            let transport = query.transport;
+            let tried = match transport {
+                Transport::Udp => self.over_udp(query.message, server, replies).await,
+                Transport::Tcp => self.over_tcp(query.message, server, replies).await,
+            };
+            match tried {
+                Ok(()) => return Ok(()),
+                Err(source) if source.kind() == io::ErrorKind::TimedOut => {
+                    error = ForwardError::NoAnswer { server, transport };
+                }
+                Err(source) => {
+                    error = ForwardError::Exchange {
+                        server,
+                        transport,
+                        source,
+                    };
+                }
+            }
+        }
+        Err(error)
+    }
+
+    async fn over_udp(
+        &self,
+        query: &[u8],
+        server: SocketAddr,
+        replies: &mpsc::Sender<Vec<u8>>,
+    ) -> io::Result<()> {
+        let any: IpAddr = match server {
+            SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        // The kernel picks the port at random. Connected, the socket takes only what comes from the server.
+        let socket = UdpSocket::bind((any, 0)).await?;
+        socket.connect(server).await?;
+        let (asked, sent) = self.renumbered(query)?;
+        socket.send(&sent).await?;
+        // One byte more shows what is too long.
+        let limit = usize::from(message::udp_size(query));
+        let mut buffer = vec![0; limit + 1];
+        let answered = async {
+            loop {
+                let length = socket.recv(&mut buffer).await?;
+                let answer = buffer.get(..length).unwrap_or_default();
+                if is_answer(answer, &sent) {
+                    return Ok::<_, io::Error>(length);
+                }
+            }
+        };
+        let length = timeout(TRY, answered).await??;
+        let answer = if length > limit {
+            // No more than the client can take: it comes again over TCP.
+            message::truncated(query, true).ok_or(io::ErrorKind::InvalidData)?
+        } else {
+            buffer.truncate(length);
+            message::with_id(buffer, asked)
+        };
+        // Nobody is left to take it: nobody waits for it.
+        let _gone = replies.send(answer).await;
+        Ok(())
+    }
+
+    async fn over_tcp(
+        &self,
+        query: &[u8],
+        server: SocketAddr,
+        replies: &mpsc::Sender<Vec<u8>>,
+    ) -> io::Result<()> {
+        let (asked, sent) = self.renumbered(query)?;
+        let first = async {
+            let mut stream = TcpStream::connect(server).await?;
+            stream.set_nodelay(true)?;
+            stream.write_all(&framed(&sent)?).await?;
+            loop {
+                let answer = read_message(&mut stream).await?;
+                if is_answer(&answer, &sent) {
+                    return Ok::<_, io::Error>((stream, answer));
+                }
+            }
+        };
+        let (mut stream, answer) = timeout(TRY, first).await??;
+        let mut transfer = message::transfer(query, &answer);
+        let _gone = replies.send(message::with_id(answer, asked)).await;
+        while let Some(going) = &mut transfer {
+            // What was brought cannot be taken back: a transfer that breaks off ends here.
+            let next = timeout(TRANSFER_PAUSE, read_message(&mut stream)).await;
+            let Ok(Ok(next)) = next else { break };
+            let is_last = going.is_last(&next);
+            let sent = replies.send(message::with_id(next, asked)).await;
+            if is_last || sent.is_err() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// The id that the client chose, and the query under one of our own.
+    fn renumbered(&self, query: &[u8]) -> io::Result<(u16, Vec<u8>)> {
+        let asked = message::id(query).ok_or(io::ErrorKind::InvalidInput)?;
+        let mut id = [0; 2];
+        let filled = self.random.fill(&mut id);
+        filled.map_err(|_no_random| io::Error::other("no random numbers"))?;
+        let sent = message::with_id(query.to_vec(), u16::from_be_bytes(id));
+        Ok((asked, sent))
+    }
+}
+
+/// Whether `answer` is one to `sent`: a response of its id with its question. An error may leave the question out.
+fn is_answer(answer: &[u8], sent: &[u8]) -> bool {
+    if !message::is_response(answer) || message::id(answer) != message::id(sent) {
+        return false;
+    }
+    match (
+        message::question_bytes(answer),
+        message::question_bytes(sent),
+    ) {
+        // Some servers write names in another case.
+        (Some(said), Some(asked)) => said.eq_ignore_ascii_case(asked),
+        (None, _) => message::is_error(answer) || message::question_bytes(sent).is_none(),
+        (Some(_), None) => false,
+    }
+}
+
+/// RFC 1035, section 4.2.2: two bytes of length before each message.
+pub(super) fn framed(message: &[u8]) -> io::Result<Vec<u8>> {
+    let length = u16::try_from(message.len()).map_err(io::Error::other)?;
+    Ok([&length.to_be_bytes(), message].concat())
+}
+
+/// The next message. Not cancel-safe: a length that was read is lost.
+pub(super) async fn read_message(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Vec<u8>> {
+    let length = stream.read_u16().await?;
+    let mut message = vec![0; usize::from(length)];
+    stream.read_exact(&mut message).await?;
+    Ok(message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn servers_are_read_as_resolvers_read_them() {
+        let text = "# nameserver 192.0.2.9\nsearch a.test\nnameserver 192.0.2.1\n\
+                    nameserver\t2001:db8::1\nnameserver nonsense\nnameserver 127.0.0.1\nnameserver 192.0.2.4\n";
+        let own = ["127.0.0.1:53".parse().unwrap()];
+        let servers: Vec<String> = name_servers(text, &own)
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+        assert_eq!(servers, ["192.0.2.1:53", "[2001:db8::1]:53"]);
+    }
+}

@@ -1,0 +1,356 @@
+//! Listeners for DNS, over UDP and TCP, for those who send their queries here.
+//!
+//! Loops of our own and not hickory-server's: that one takes a message apart and puts it together again, and what
+//! is not ours must go on and come back byte for byte; and it knows neither our limits nor our shutdown.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    pin::pin,
+    sync::Arc,
+    time::Duration,
+};
+
+use ipnet::IpNet;
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use tokio::{
+    io::AsyncWriteExt as _,
+    net::{
+        TcpListener, TcpStream, UdpSocket,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    time::timeout,
+};
+
+use super::{
+    Query, Resolver, Step, Transport,
+    forward::{framed, read_message},
+    limit::RateLimit,
+};
+use crate::{
+    accept::accept_all,
+    lifecycle::Shutdown,
+    sockets::{Kept, ListeningSockets, SocketKey},
+    telemetry::{Telemetry, metrics::DnsOutcome, record::Direction},
+};
+
+/// TCP connections at once.
+const CONNECTIONS_MAX: usize = 256;
+
+/// How long a TCP connection may be silent, and how long its client may not read. Source: RFC 7766, section 6.2.3.
+const IDLE: Duration = Duration::from_secs(10);
+
+/// Queries of one TCP connection that are not answered yet.
+const PIPELINED_MAX: usize = 32;
+
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 128;
+
+/// After a failed receive, which is for want of memory.
+const PAUSE: Duration = Duration::from_millis(5);
+
+/// The largest datagram.
+const DATAGRAM_MAX: usize = 65_535;
+
+/// It cannot be listened on.
+#[derive(Debug, thiserror::Error)]
+#[error("listen on {address} over {}", .transport.as_str())]
+pub struct DnsListenError {
+    address: SocketAddr,
+    transport: Transport,
+    #[source]
+    source: io::Error,
+}
+
+/// Who may ask, and how much.
+#[derive(Debug)]
+pub struct Gate {
+    /// Networks whose queries are answered.
+    pub allowed: Vec<IpNet>,
+    /// How much each source may ask.
+    pub limit: RateLimit,
+}
+
+impl Gate {
+    fn allows(&self, source: IpAddr) -> bool {
+        let source = source.to_canonical();
+        self.allowed.iter().any(|network| network.contains(&source))
+    }
+}
+
+/// What serves one address.
+#[derive(Debug)]
+struct DnsServer {
+    resolver: Arc<Resolver>,
+    gate: Arc<Gate>,
+    telemetry: Telemetry,
+    shutdown: Shutdown,
+    datagrams: UdpSocket,
+}
+
+/// An address that is listened on.
+#[derive(Debug)]
+pub struct DnsListener {
+    server: Arc<DnsServer>,
+    listener: TcpListener,
+    kept: Kept,
+}
+
+impl DnsListener {
+    /// Listens on `address` over UDP and TCP.
+    ///
+    /// # Errors
+    /// If it cannot be listened on.
+    pub fn bind(
+        address: SocketAddr,
+        resolver: Arc<Resolver>,
+        gate: Arc<Gate>,
+        telemetry: Telemetry,
+        shutdown: Shutdown,
+        sockets: &ListeningSockets,
+    ) -> Result<Self, DnsListenError> {
+        let failed = |transport| {
+            move |source| DnsListenError {
+                address,
+                transport,
+                source,
+            }
+        };
+        let key = SocketKey::here(address).map_err(failed(Transport::Tcp))?;
+        let listened = sockets.listen(key, || listen(address));
+        let (listener, kept) = listened.map_err(failed(Transport::Tcp))?;
+        let datagrams = datagrams(address).map_err(failed(Transport::Udp))?;
+        Ok(Self {
+            listener: TcpListener::from_std(listener).map_err(failed(Transport::Tcp))?,
+            server: Arc::new(DnsServer {
+                resolver,
+                gate,
+                telemetry,
+                shutdown,
+                datagrams,
+            }),
+            kept,
+        })
+    }
+
+    /// Serves until draining starts.
+    pub fn start(self) {
+        let server = self.server;
+        let shutdown = server.shutdown.clone();
+        shutdown.spawn("dns over udp", Arc::clone(&server).serve_datagrams());
+        shutdown.spawn("dns over tcp", async move {
+            server.serve_connections(self.listener).await;
+            drop(self.kept);
+        });
+    }
+}
+
+impl DnsServer {
+    async fn serve_datagrams(self: Arc<Self>) {
+        let shutdown = self.shutdown.clone();
+        let mut draining = pin!(shutdown.draining());
+        let mut buffer = vec![0; DATAGRAM_MAX];
+        loop {
+            let received = tokio::select! {
+                biased;
+                () = &mut draining => break,
+                received = self.datagrams.recv_from(&mut buffer) => received,
+            };
+            match received {
+                Ok((length, client)) => self.take_datagram(&buffer, length, client).await,
+                Err(error) => {
+                    tracing::debug!(%error, "no datagram received");
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
+        }
+        // What came before the next agent, or the end: nobody else can read it.
+        while let Ok((length, client)) = self.datagrams.try_recv_from(&mut buffer) {
+            self.take_datagram(&buffer, length, client).await;
+        }
+    }
+
+    async fn take_datagram(self: &Arc<Self>, buffer: &[u8], length: usize, client: SocketAddr) {
+        let message = buffer.get(..length).unwrap_or_default();
+        if self.may_ask(client, Transport::Udp) {
+            self.serve_datagram(message, client).await;
+        }
+    }
+
+    async fn serve_datagram(self: &Arc<Self>, message: &[u8], client: SocketAddr) {
+        let query = Query {
+            message,
+            transport: Transport::Udp,
+            client,
+            server: None,
+        };
+        match self.resolver.decide(&query) {
+            Step::Ignore => {}
+            Step::Answer(answer) => self.send(&answer, client).await,
+            Step::Forward => {
+                let (server, message) = (Arc::clone(self), message.to_vec());
+                self.shutdown.spawn("dns query", async move {
+                    let query = Query {
+                        message: &message,
+                        transport: Transport::Udp,
+                        client,
+                        server: None,
+                    };
+                    let (replies, mut answers) = mpsc::channel(1);
+                    server.resolver.forward(&query, &replies).await;
+                    if let Ok(answer) = answers.try_recv() {
+                        server.send(&answer, client).await;
+                    }
+                });
+            }
+        }
+    }
+
+    /// A datagram that cannot be sent is as good as lost, which clients of UDP expect.
+    async fn send(&self, answer: &[u8], client: SocketAddr) {
+        if let Err(error) = self.datagrams.send_to(answer, client).await {
+            tracing::debug!(%client, %error, "answer not sent");
+        }
+    }
+
+    fn may_ask(&self, client: SocketAddr, transport: Transport) -> bool {
+        let outcome = if !self.gate.allows(client.ip()) {
+            DnsOutcome::NotAllowed
+        } else if !self.gate.limit.pass(client.ip()) {
+            DnsOutcome::RateLimited
+        } else {
+            return true;
+        };
+        self.telemetry.metrics().dns_query(transport, outcome);
+        false
+    }
+
+    async fn serve_connections(self: Arc<Self>, listener: TcpListener) {
+        let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        let server = Arc::clone(&self);
+        let handle = move |stream, client: SocketAddr| {
+            let metrics = server.telemetry.metrics();
+            // Dropped, the connection closes.
+            if !server.gate.allows(client.ip()) {
+                metrics.dns_query(Transport::Tcp, DnsOutcome::NotAllowed);
+                return;
+            }
+            match Arc::clone(&connections).try_acquire_owned() {
+                Ok(permit) => {
+                    let task = Arc::clone(&server).serve_connection(stream, client, permit);
+                    server.shutdown.spawn("dns connection", task);
+                }
+                Err(_full) => metrics.dns_query(Transport::Tcp, DnsOutcome::Overloaded),
+            }
+        };
+        accept_all(
+            listener,
+            Direction::Outbound,
+            &self.telemetry,
+            &self.shutdown,
+            handle,
+        )
+        .await;
+    }
+
+    async fn serve_connection(
+        self: Arc<Self>,
+        stream: TcpStream,
+        client: SocketAddr,
+        permit: OwnedSemaphorePermit,
+    ) {
+        // Answers are small, and the client waits for each.
+        let _undelayed = stream.set_nodelay(true);
+        let (mut from, to) = stream.into_split();
+        let (replies, answers) = mpsc::channel(PIPELINED_MAX);
+        self.shutdown
+            .spawn("dns answers", write_answers(to, answers, permit));
+        let pipelined = Arc::new(Semaphore::new(PIPELINED_MAX));
+        while let Some(message) = self.next_query(&mut from).await {
+            if !self.may_ask(client, Transport::Tcp) {
+                return;
+            }
+            let query = Query {
+                message: &message,
+                transport: Transport::Tcp,
+                client,
+                server: None,
+            };
+            match self.resolver.decide(&query) {
+                Step::Ignore => return,
+                Step::Answer(answer) => {
+                    if replies.send(answer).await.is_err() {
+                        return;
+                    }
+                }
+                Step::Forward => {
+                    let Ok(turn) = Arc::clone(&pipelined).acquire_owned().await else {
+                        return;
+                    };
+                    let (resolver, replies) = (Arc::clone(&self.resolver), replies.clone());
+                    self.shutdown.spawn("dns query", async move {
+                        let query = Query {
+                            message: &message,
+                            transport: Transport::Tcp,
+                            client,
+                            server: None,
+                        };
+                        resolver.forward(&query, &replies).await;
+                        drop(turn);
+                    });
+                }
+            }
+        }
+    }
+
+    /// `None` when the client is done, silent for too long, or we are.
+    async fn next_query(&self, from: &mut OwnedReadHalf) -> Option<Vec<u8>> {
+        tokio::select! {
+            biased;
+            () = self.shutdown.draining() => None,
+            read = timeout(IDLE, read_message(from)) => read.ok()?.ok(),
+        }
+    }
+}
+
+/// Writes answers until nobody has one more.
+async fn write_answers(
+    mut to: OwnedWriteHalf,
+    mut answers: mpsc::Receiver<Vec<u8>>,
+    permit: OwnedSemaphorePermit,
+) {
+    while let Some(answer) = answers.recv().await {
+        // Longer than TCP's length can say, it could not have been made.
+        let Ok(framed) = framed(&answer) else { break };
+        let Ok(Ok(())) = timeout(IDLE, to.write_all(&framed)).await else {
+            break;
+        };
+    }
+    drop(permit);
+}
+
+fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+    let socket = socket(address, Type::STREAM, Protocol::TCP)?;
+    socket.bind(&SockAddr::from(address))?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// With `SO_REUSEPORT`: the next agent listens before this one has let go. Its TCP socket keeps all others away.
+fn datagrams(address: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = socket(address, Type::DGRAM, Protocol::UDP)?;
+    socket.set_reuse_port(true)?;
+    socket.bind(&SockAddr::from(address))?;
+    UdpSocket::from_std(socket.into())
+}
+
+fn socket(address: SocketAddr, kind: Type, protocol: Protocol) -> io::Result<Socket> {
+    let kind = kind.nonblocking().cloexec();
+    let socket = Socket::new(Domain::for_address(address), kind, Some(protocol))?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.set_reuse_address(true)?;
+    Ok(socket)
+}

@@ -1,0 +1,402 @@
+//! Names and what they lead to.
+
+use hickory_proto::rr::RecordType::{A, AAAA, ANY, AXFR, MX, NS, PTR, SOA, SRV, TXT};
+
+use super::*;
+use crate::dns::testing;
+
+const VIRTUAL: &str = "240.0.0.10";
+
+fn zone(service_answers: ServiceAnswers) -> Zone {
+    testing::zone(service_answers, true)
+}
+
+/// Everything in an answer, a line each.
+fn lines(answer: &Answer) -> Vec<String> {
+    let section = |mark: &str, records: &[Record]| -> Vec<String> {
+        records
+            .iter()
+            .map(|r| format!("{mark}{} {} {}", r.name, r.record_type(), r.data))
+            .collect()
+    };
+    let mut lines = vec![format!("{:?}", answer.code)];
+    lines.extend(section("", &answer.answers));
+    lines.extend(
+        section("authority ", &answer.authorities)
+            .into_iter()
+            .map(|line| {
+                // The numbers of the SOA record are another test's.
+                line.split(" SOA ").next().unwrap_or_default().to_owned()
+            }),
+    );
+    lines.extend(section("additional ", &answer.additionals));
+    lines
+}
+
+#[track_caller]
+fn assert_answer(zone: &Zone, name: &str, query: RecordType, expected: &[&str]) {
+    let name = Name::from_ascii(name).unwrap();
+    let answer = zone.answer(&name, query, 0).unwrap();
+    assert_eq!(lines(&answer), expected, "{name} {query}");
+}
+
+#[test]
+fn virtual_names_lead_to_virtual_addresses() {
+    for answers in [ServiceAnswers::Virtual, ServiceAnswers::Instances] {
+        let zone = zone(answers);
+        assert_answer(
+            &zone,
+            "web.virtual.consul.",
+            A,
+            &["NoError", "web.virtual.consul. A 240.0.0.10"],
+        );
+        assert_answer(
+            &zone,
+            "web.virtual.consul.",
+            AAAA,
+            &["NoError", "web.virtual.consul. AAAA fd00::10"],
+        );
+        assert_answer(
+            &zone,
+            "web.virtual.consul.",
+            ANY,
+            &[
+                "NoError",
+                "web.virtual.consul. A 240.0.0.10",
+                "web.virtual.consul. AAAA fd00::10",
+            ],
+        );
+        assert_answer(
+            &zone,
+            "db.virtual.consul.",
+            AAAA,
+            &["NoError", "authority consul."],
+        );
+        assert_answer(
+            &zone,
+            "web.virtual.consul.",
+            MX,
+            &["NoError", "authority consul."],
+        );
+        assert_answer(
+            &zone,
+            "nope.virtual.consul.",
+            A,
+            &["NXDomain", "authority consul."],
+        );
+    }
+}
+
+#[test]
+fn service_names_lead_to_virtual_addresses_where_wanted() {
+    let zone = zone(ServiceAnswers::Virtual);
+    for name in [
+        "web.service.consul.",
+        "web.service.dc1.consul.",
+        "web.connect.consul.",
+        "web.connect.dc1.consul.",
+    ] {
+        assert_answer(&zone, name, A, &["NoError", &format!("{name} A {VIRTUAL}")]);
+    }
+    assert_answer(
+        &zone,
+        "_web._tcp.service.consul.",
+        SRV,
+        &[
+            "NoError",
+            "_web._tcp.service.consul. SRV 1 1 80 web.virtual.consul.",
+            "_web._tcp.service.consul. SRV 1 1 443 web.virtual.consul.",
+            "additional web.virtual.consul. A 240.0.0.10",
+            "additional web.virtual.consul. AAAA fd00::10",
+        ],
+    );
+    // A tag picks instances, which a virtual address cannot.
+    assert_answer(
+        &zone,
+        "v2.web.service.consul.",
+        A,
+        &["NoError", "v2.web.service.consul. A 192.0.2.2"],
+    );
+    // Its address stays although nobody is there to answer.
+    assert_answer(
+        &zone,
+        "idle.service.consul.",
+        A,
+        &["NoError", "idle.service.consul. A 240.0.0.12"],
+    );
+}
+
+#[test]
+fn service_names_lead_to_instances_where_wanted() {
+    let zone = zone(ServiceAnswers::Instances);
+    assert_answer(
+        &zone,
+        "web.service.consul.",
+        A,
+        &[
+            "NoError",
+            "web.service.consul. A 192.0.2.1",
+            "web.service.consul. A 192.0.2.2",
+        ],
+    );
+    assert_answer(
+        &zone,
+        "V1.Web.Service.DC1.Consul.",
+        A,
+        &["NoError", "V1.Web.Service.DC1.Consul. A 192.0.2.1"],
+    );
+    assert_answer(
+        &zone,
+        "v3.web.service.consul.",
+        A,
+        &["NXDomain", "authority consul."],
+    );
+    assert_answer(
+        &zone,
+        "web.service.consul.",
+        AAAA,
+        &["NoError", "authority consul."],
+    );
+    assert_answer(
+        &zone,
+        "web.service.consul.",
+        TXT,
+        &["NoError", "authority consul."],
+    );
+    // No instance, or only failing ones.
+    assert_answer(
+        &zone,
+        "idle.service.consul.",
+        A,
+        &["NXDomain", "authority consul."],
+    );
+    assert_answer(
+        &zone,
+        "broken.service.consul.",
+        A,
+        &["NXDomain", "authority consul."],
+    );
+    assert_answer(
+        &zone,
+        "_web._v2.service.consul.",
+        SRV,
+        &[
+            "NoError",
+            "_web._v2.service.consul. SRV 1 3 8081 c0000202.addr.dc1.consul.",
+            "additional c0000202.addr.dc1.consul. A 192.0.2.2",
+        ],
+    );
+    assert_answer(
+        &zone,
+        "web.connect.consul.",
+        SRV,
+        &[
+            "NoError",
+            "web.connect.consul. SRV 1 1 21000 a.node.dc1.consul.",
+            "web.connect.consul. SRV 1 3 21001 c0000202.addr.dc1.consul.",
+            "additional a.node.dc1.consul. A 192.0.2.1",
+            "additional c0000202.addr.dc1.consul. A 192.0.2.2",
+        ],
+    );
+    assert_answer(
+        &zone,
+        "db.service.consul.",
+        SRV,
+        &[
+            "NoError",
+            "db.service.consul. SRV 1 1 5432 20010db8000000000000000000000003.addr.dc1.consul.",
+            "additional 20010db8000000000000000000000003.addr.dc1.consul. AAAA 2001:db8::3",
+        ],
+    );
+}
+
+#[test]
+fn instances_take_turns() {
+    let zone = zone(ServiceAnswers::Instances);
+    let name: Name = "web.service.consul.".parse().unwrap();
+    let first = |turn| {
+        zone.answer(&name, A, turn).unwrap().answers[0]
+            .data
+            .to_string()
+    };
+    assert_eq!(
+        [first(0), first(1), first(2)],
+        ["192.0.2.1", "192.0.2.2", "192.0.2.1"]
+    );
+}
+
+#[test]
+fn nodes_and_addresses_have_names() {
+    let zone = zone(ServiceAnswers::Virtual);
+    assert_answer(
+        &zone,
+        "A.node.consul.",
+        A,
+        &["NoError", "A.node.consul. A 192.0.2.1"],
+    );
+    assert_answer(
+        &zone,
+        "a.node.dc1.consul.",
+        AAAA,
+        &["NoError", "authority consul."],
+    );
+    assert_answer(
+        &zone,
+        "x.node.consul.",
+        A,
+        &["NXDomain", "authority consul."],
+    );
+    // It has instances, but its address is not known.
+    assert_answer(
+        &zone,
+        "b.node.consul.",
+        A,
+        &["NXDomain", "authority consul."],
+    );
+    assert_answer(
+        &zone,
+        "c0000207.addr.dc1.consul.",
+        A,
+        &["NoError", "c0000207.addr.dc1.consul. A 192.0.2.7"],
+    );
+    assert_answer(
+        &zone,
+        "c0000207.addr.dc1.consul.",
+        AAAA,
+        &["NoError", "authority consul."],
+    );
+    assert_answer(
+        &zone,
+        "xyz.addr.consul.",
+        A,
+        &["NXDomain", "authority consul."],
+    );
+    assert_eq!(address("+1234567"), None);
+}
+
+#[test]
+fn the_domain_describes_itself() {
+    let zone = zone(ServiceAnswers::Virtual);
+    assert_answer(
+        &zone,
+        "consul.",
+        SOA,
+        &[
+            "NoError",
+            &format!(
+                "consul. SOA ns.consul. hostmaster.consul. {} 3600 600 86400 5",
+                zone.serial
+            ),
+        ],
+    );
+    assert_answer(
+        &zone,
+        "consul.",
+        NS,
+        &[
+            "NoError",
+            "consul. NS ns.consul.",
+            "additional ns.consul. A 127.0.0.1",
+        ],
+    );
+    assert_answer(
+        &zone,
+        "ns.consul.",
+        A,
+        &["NoError", "ns.consul. A 127.0.0.1"],
+    );
+    // Names that have names below them exist, and resolvers that minimise what they ask (RFC 9156) come by.
+    for branch in [
+        "consul.",
+        "service.consul.",
+        "dc1.consul.",
+        "service.dc1.consul.",
+        "_tcp.service.consul.",
+    ] {
+        assert_answer(&zone, branch, A, &["NoError", "authority consul."]);
+    }
+    assert_answer(
+        &zone,
+        "web.consul.x.consul.",
+        A,
+        &["NXDomain", "authority consul."],
+    );
+    assert_answer(&zone, "consul.", AXFR, &["Refused"]);
+}
+
+#[test]
+fn virtual_addresses_have_names() {
+    let zone = zone(ServiceAnswers::Instances);
+    assert_answer(
+        &zone,
+        "10.0.0.240.in-addr.arpa.",
+        PTR,
+        &[
+            "NoError",
+            "10.0.0.240.in-addr.arpa. PTR web.virtual.consul.",
+        ],
+    );
+    let v6 = "0.1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.d.f.ip6.arpa.";
+    assert_answer(
+        &zone,
+        v6,
+        PTR,
+        &["NoError", &format!("{v6} PTR web.virtual.consul.")],
+    );
+    assert_answer(
+        &zone,
+        "10.0.0.240.IN-ADDR.arpa.",
+        A,
+        &["NoError", "authority 240.IN-ADDR.arpa."],
+    );
+    // Not given out, but nobody else's either.
+    assert_answer(
+        &zone,
+        "77.0.0.240.in-addr.arpa.",
+        PTR,
+        &["NXDomain", "authority 240.in-addr.arpa."],
+    );
+    assert_answer(
+        &zone,
+        "0.0.240.in-addr.arpa.",
+        PTR,
+        &["NoError", "authority 240.in-addr.arpa."],
+    );
+    for others in [
+        "1.2.0.192.in-addr.arpa.",
+        "in-addr.arpa.",
+        "arpa.",
+        "1.0.0.127.in-addr.arpa.",
+    ] {
+        let name: Name = others.parse().unwrap();
+        assert!(!zone.owns(&name), "{others}");
+        assert_eq!(zone.answer(&name, PTR, 0), None);
+    }
+}
+
+#[test]
+fn what_is_not_known_is_not_denied() {
+    let zone = testing::zone(ServiceAnswers::Instances, false);
+    assert_answer(&zone, "nope.service.consul.", A, &["ServFail"]);
+    assert_answer(&zone, "web.service.dc2.consul.", A, &["ServFail"]);
+    assert_answer(
+        &zone,
+        "web.virtual.consul.",
+        A,
+        &["NoError", "web.virtual.consul. A 240.0.0.10"],
+    );
+}
+
+#[test]
+fn only_names_below_the_domain_are_ours() {
+    let zone = zone(ServiceAnswers::Virtual);
+    for (name, ours) in [
+        ("consul.", true),
+        ("a.b.CONSUL.", true),
+        ("notconsul.", false),
+        ("consul.example.", false),
+        (".", false),
+    ] {
+        assert_eq!(zone.owns(&name.parse().unwrap()), ours, "{name}");
+    }
+}

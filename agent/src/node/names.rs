@@ -1,0 +1,69 @@
+//! Answering names at the configured addresses.
+
+use std::sync::Arc;
+
+use super::{Node, NodeError};
+use crate::{
+    config::DnsConfig,
+    dns::{
+        Resolver,
+        forward::{Forwarder, ResolvConf, Upstreams},
+        limit::RateLimit,
+        server::{DnsListener, Gate},
+        zone::ZoneSettings,
+    },
+};
+
+/// Answers at `dns.listen`, if that is anywhere.
+///
+/// # Errors
+/// If it cannot be listened on.
+pub(super) fn serve(node: &Arc<Node>) -> Result<(), NodeError> {
+    let config = node.config.load();
+    let dns = &config.dns;
+    if dns.listen.is_empty() {
+        return Ok(());
+    }
+    let settings = ZoneSettings {
+        domain: dns.domain.clone(),
+        ttl: dns.ttl,
+        service_answers: dns.service_answers,
+        datacenter: node.local.datacenter().to_owned(),
+        ranges: (config.capture.ipv4_range, config.capture.ipv6_range),
+        name_servers: dns.listen.iter().map(std::net::SocketAddr::ip).collect(),
+    };
+    let resolver = Arc::new(Resolver::new(
+        settings,
+        node.catalog.current(),
+        Forwarder::new(upstreams(dns)),
+        Arc::clone(node.telemetry.metrics()),
+    ));
+    resolver.follow(&node.catalog, &node.shutdown);
+    let gate = Arc::new(Gate {
+        allowed: dns.allow.clone(),
+        limit: RateLimit::new(dns.queries_per_second),
+    });
+    for address in &dns.listen {
+        let listener = DnsListener::bind(
+            *address,
+            Arc::clone(&resolver),
+            Arc::clone(&gate),
+            node.telemetry.clone(),
+            node.shutdown.clone(),
+            &node.sockets,
+        );
+        listener.map_err(NodeError::when("answer names"))?.start();
+        tracing::info!(%address, domain = %dns.domain, "answering names");
+    }
+    Ok(())
+}
+
+fn upstreams(dns: &DnsConfig) -> Upstreams {
+    match &dns.upstreams {
+        Some(servers) => Upstreams::Configured(servers.clone()),
+        None => Upstreams::ResolvConf(ResolvConf::new(
+            "/etc/resolv.conf".into(),
+            dns.listen.clone(),
+        )),
+    }
+}
