@@ -55,6 +55,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("cgroup_path", cgroup_path),
     ("config_toml", config_toml),
     ("connect_decision", connect_decision),
+    ("dns_query", dns_query),
     ("kernel_records", kernel_records),
     ("peer_certificate", peer_certificate),
     ("proc_files", proc_files),
@@ -63,6 +64,11 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("spiffe_id", spiffe_id),
     ("vip_state", vip_state),
 ];
+
+/// A DNS message of whoever sends one: answered within bounds, forwarded or ignored.
+pub fn dns_query(bytes: &[u8]) {
+    crate::dns::testing::bear(bytes);
+}
 
 /// A value that is right in the source, or the target panics.
 fn right<T: std::str::FromStr<Err: std::fmt::Debug>>(text: &str) -> T {
