@@ -11,6 +11,7 @@ macro_rules! claims {
 pub mod consul;
 pub mod dependable;
 pub mod iptables;
+pub mod names;
 pub mod path;
 mod storm;
 
@@ -121,3 +122,4 @@ pub const TOPICS: &[Topic] = &[
     consul::TOPIC,
     iptables::TOPIC,
 ];
+pub const TOPICS: &[Topic] = &[path::TOPIC, dependable::TOPIC, names::TOPIC];

@@ -1,0 +1,97 @@
+//! How fast, beside the upstream alone.
+
+use std::{fs, time::Duration};
+
+use anyhow::{Context as _, Result};
+
+use super::upstream::{UPSTREAM, with_upstream};
+use crate::{
+    claims::{Finding, Size},
+    lab::Lab,
+};
+
+/// Queries per second at which single answers are looked at.
+const RATE: u32 = 2000;
+
+/// What dnsperf measured.
+struct Measured {
+    per_second: f64,
+    lost: f64,
+    average_ms: f64,
+}
+
+pub(super) fn own_names_are_answered_fast(size: Size) -> Result<Finding> {
+    let seconds = size.pick(3, 15);
+    let (lab, _upstream) = with_upstream("names-load")?;
+    let own = measure(&lab, super::LISTENER, "web.virtual.consul A\n", seconds)?;
+    let alone = measure(&lab, UPSTREAM, "host1.example.test A\n", seconds)?;
+    let late = ninety_nine(&lab, super::LISTENER, "web.virtual.consul A\n")?;
+    let late_alone = ninety_nine(&lab, UPSTREAM, "host1.example.test A\n")?;
+    let through = measure(&lab, super::LISTENER, "host1.example.test A\n", seconds)?;
+    let ratio = own.per_second / alone.per_second;
+    // The quick size is of an agent that was not optimised.
+    let least = size.pick(0.1, 0.5);
+    let holds = ratio >= least && own.lost == 0.0 && through.lost == 0.0;
+    Ok(Finding::new(
+        holds,
+        format!(
+            "{:.0} per second, {:.3} ms on average; dnsmasq alone {:.0}, {:.3} ms (ratio {ratio:.2}); \
+             through the agent to dnsmasq {:.0}, {:.3} ms; at {RATE} per second 99 of 100 within {late:.3} ms, \
+             of dnsmasq {late_alone:.3} ms",
+            own.per_second,
+            own.average_ms,
+            alone.per_second,
+            alone.average_ms,
+            through.per_second,
+            through.average_ms,
+        ),
+    ))
+}
+
+fn measure(lab: &Lab, server: &str, query: &str, seconds: u64) -> Result<Measured> {
+    let file = lab.a.directory().join("queries");
+    fs::write(&file, query)?;
+    let said = lab
+        .a
+        .tool("dnsperf")?
+        .args(["-s", server, "-p", "53", "-c", "8", "-q", "32", "-l"])
+        .arg(seconds.to_string())
+        .arg("-d")
+        .arg(&file)
+        .run(Duration::from_secs(seconds + 30))?;
+    let number = |label: &str| -> Result<f64> {
+        let line = said
+            .lines()
+            .find_map(|line| line.trim().strip_prefix(label));
+        let word = line.and_then(|rest| rest.split_whitespace().next());
+        word.and_then(|word| word.parse().ok())
+            .with_context(|| format!("no {label} in {said}"))
+    };
+    Ok(Measured {
+        per_second: number("Queries per second:")?,
+        lost: number("Queries lost:")?,
+        average_ms: number("Average Latency (s):")? * 1000.0,
+    })
+}
+
+/// Milliseconds within which 99 of 100 answers come, at [`RATE`].
+fn ninety_nine(lab: &Lab, server: &str, query: &str) -> Result<f64> {
+    let file = lab.a.directory().join("queries");
+    fs::write(&file, query)?;
+    let said = lab
+        .a
+        .tool("dnsperf")?
+        .args(["-v", "-s", server, "-p", "53", "-l", "3", "-Q"])
+        .arg(RATE.to_string())
+        .arg("-d")
+        .arg(&file)
+        .run(Duration::from_secs(30))?;
+    // `> NOERROR web.virtual.consul A 0.000123`
+    let answers = said.lines().filter(|line| line.starts_with("> NOERROR"));
+    let mut seconds: Vec<f64> = answers
+        .filter_map(|line| line.split_whitespace().last()?.parse().ok())
+        .collect();
+    seconds.sort_by(f64::total_cmp);
+    let at = seconds.get(seconds.len() * 99 / 100);
+    Ok(at.with_context(|| format!("no answers in {said}"))? * 1000.0)
+}

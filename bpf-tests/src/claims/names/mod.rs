@@ -1,0 +1,65 @@
+//! Names that lead to services, answered by the agent, and all others, answered as before.
+
+mod clients;
+mod consul;
+mod load;
+mod upstream;
+
+use std::{fs, path::Path};
+
+use anyhow::{Context as _, Result};
+
+use super::{Claim, Topic};
+use crate::{node::Node, program::Program, workload::Workload};
+
+/// See the module.
+pub const TOPIC: Topic = Topic {
+    name: "names",
+    about: "DNS names that lead to services, asked by real programs, beside a real Consul and real upstreams",
+    programs: &[
+        "ip", "curl", "python3", "nginx", "dig", "getent", "dnsmasq", "dnsperf", "consul",
+    ],
+    claims: claims! {
+        clients::programs_resolve_and_connect: "dig, getent, python and curl resolve a service's name by resolv.conf alone, and their connections reach the service";
+        clients::large_answers_come_whole: "an answer over UDP is no larger than the client takes, and comes whole over TCP";
+        clients::nobody_else_gets_an_answer: "who is not allowed to ask gets no answer, and who asks too much gets no more than the limit";
+        consul::answers_are_consuls: "for 40 forms of queries, answers are those of Consul 1.8.7, or differ as documented";
+        upstream::other_names_are_answered_as_before: "queries for other names, sent through the agent, get the upstream's answers byte for byte";
+        upstream::a_lost_upstream_denies_no_name: "while the upstream is away, other names are answered SERVFAIL and own names as ever";
+        load::own_names_are_answered_fast: "own names are answered at half the rate of dnsmasq or better, in one run, and no query is lost";
+    },
+};
+
+/// Where the agent answers in these tests.
+const LISTENER: &str = "127.0.0.1";
+
+/// `[dns]` with these keys.
+fn dns(node: &mut Node, keys: &str) {
+    node.add_setting(&format!("[dns]\n{keys}"));
+}
+
+/// `dig` on the node with these words, at the agent.
+fn dig(node: &Node, words: &str) -> Result<String> {
+    let program = node.tool("dig")?.arg(format!("@{LISTENER}"));
+    let program = program.args(["+tries=1", "+timeout=5"]);
+    program
+        .args(words.split_whitespace())
+        .run(crate::wait::SOON)
+}
+
+/// A program in `workload` that finds `resolv_conf` at `/etc/resolv.conf`, in a mount namespace of its own.
+fn with_resolv_conf(workload: &Workload, resolv_conf: &Path, command: &[&str]) -> Program {
+    workload
+        .program("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-c"])
+        .arg("mount --bind \"$0\" /etc/resolv.conf && exec \"$@\"")
+        .arg(resolv_conf)
+        .args(command)
+}
+
+fn write_resolv_conf(directory: &Path) -> Result<std::path::PathBuf> {
+    let file = directory.join("resolv.conf");
+    fs::write(&file, format!("nameserver {LISTENER}\n"))
+        .with_context(|| format!("writing {}", file.display()))?;
+    Ok(file)
+}

@@ -1,0 +1,19 @@
+//! Every claim of `cargo xtask prove names`, at its quick size.
+
+#![expect(
+    clippy::tests_outside_test_module,
+    reason = "an integration test is a test module"
+)]
+
+use bpf_tests::{claims::names::TOPIC, test_claims};
+
+test_claims! {
+    TOPIC:
+    programs_resolve_and_connect
+    large_answers_come_whole
+    nobody_else_gets_an_answer
+    answers_are_consuls
+    other_names_are_answered_as_before
+    a_lost_upstream_denies_no_name
+    own_names_are_answered_fast
+}
