@@ -3,6 +3,9 @@
 //! Each goes from a socket of its own, with a port and an id that nobody can guess, and only what comes from its
 //! server and repeats its question counts as the answer (RFC 5452).
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -331,21 +334,4 @@ pub(super) async fn read_message(stream: &mut (impl AsyncRead + Unpin)) -> io::R
     let mut message = vec![0; usize::from(length)];
     stream.read_exact(&mut message).await?;
     Ok(message)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn servers_are_read_as_resolvers_read_them() {
-        let text = "# nameserver 192.0.2.9\nsearch a.test\nnameserver 192.0.2.1\n\
-                    nameserver\t2001:db8::1\nnameserver nonsense\nnameserver 127.0.0.1\nnameserver 192.0.2.4\n";
-        let own = ["127.0.0.1:53".parse().unwrap()];
-        let servers: Vec<String> = name_servers(text, &own)
-            .iter()
-            .map(ToString::to_string)
-            .collect();
-        assert_eq!(servers, ["192.0.2.1:53", "[2001:db8::1]:53"]);
-    }
 }
