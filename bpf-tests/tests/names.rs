@@ -16,4 +16,5 @@ test_claims! {
     other_names_are_answered_as_before
     a_lost_upstream_denies_no_name
     own_names_are_answered_fast
+    an_upgrade_loses_no_query
 }

@@ -12,7 +12,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 use tokio::{
     io::AsyncWriteExt as _,
     net::{
@@ -165,7 +165,14 @@ impl DnsServer {
                 }
             }
         }
-        // What came before the next agent, or the end: nobody else can read it.
+        // Answers that are under way still leave by this socket, but the next agent has all that comes from now on: a
+        // connected socket takes only what its peer sends, which here is itself.
+        let own = self.datagrams.local_addr();
+        let left = own.and_then(|own| SockRef::from(&self.datagrams).connect(&own.into()));
+        if let Err(error) = left {
+            tracing::warn!(%error, "queries may be lost until this agent ends");
+        }
+        // What came before that, nobody else can read.
         while let Ok((length, client)) = self.datagrams.try_recv_from(&mut buffer) {
             self.take_datagram(&buffer, length, client).await;
         }

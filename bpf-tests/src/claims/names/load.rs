@@ -2,12 +2,15 @@
 
 use std::{fs, time::Duration};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
+use rustix::process::Signal;
+use serde_json::Value;
 
 use super::upstream::{UPSTREAM, with_upstream};
 use crate::{
     claims::{Finding, Size},
     lab::Lab,
+    wait::{SOON, wait_for_value},
 };
 
 /// Queries per second at which single answers are looked at.
@@ -48,6 +51,66 @@ pub(super) fn own_names_are_answered_fast(size: Size) -> Result<Finding> {
     ))
 }
 
+pub(super) fn an_upgrade_loses_no_query(size: Size) -> Result<Finding> {
+    let upgrades = size.pick(2_u64, 10);
+    let (lab, _upstream) = with_upstream("names-upgrade")?;
+    let file = lab.a.directory().join("queries");
+    fs::write(&file, "web.virtual.consul A\nhost1.example.test A\n")?;
+    let log = lab.a.directory().join("dnsperf.log");
+    let mut load = lab
+        .a
+        .tool("dnsperf")?
+        .args([
+            "-s",
+            super::LISTENER,
+            "-p",
+            "53",
+            "-c",
+            "8",
+            "-Q",
+            "500",
+            "-d",
+        ])
+        .arg(&file)
+        .log(&log)
+        .spawn()?;
+    for _ in 0..upgrades {
+        let before = lab.a.status()?.get("process").cloned();
+        lab.a
+            .sidestep(&["upgrade"])?
+            .run(Duration::from_mins(1))
+            .with_context(|| lab.a.agent_said())?;
+        let after = lab.a.status()?.get("process").cloned();
+        ensure!(before != after, "{before:?} goes on");
+        // The agent before has let go when its last answers are out.
+        wait_for_value("the agent before to end", SOON, || {
+            let status = lab.a.status()?;
+            let gone = status.get("predecessor").is_none_or(Value::is_null);
+            Ok(gone.then_some(()))
+        })?;
+    }
+    load.signal(Signal::INT)?;
+    load.wait(SOON)?.context("dnsperf does not end")?;
+    let said = fs::read_to_string(&log)?;
+    let completed = number(&said, "Queries completed:")?;
+    let lost = number(&said, "Queries lost:")?;
+    let right = said.contains("NOERROR") && !said.contains("SERVFAIL");
+    Ok(Finding::new(
+        lost == 0.0 && completed > 0.0 && right,
+        format!("{upgrades} upgrades: {completed} queries answered, {lost} lost"),
+    ))
+}
+
+/// The number behind a label of dnsperf's report.
+fn number(said: &str, label: &str) -> Result<f64> {
+    let line = said
+        .lines()
+        .find_map(|line| line.trim().strip_prefix(label));
+    let word = line.and_then(|rest| rest.split_whitespace().next());
+    word.and_then(|word| word.parse().ok())
+        .with_context(|| format!("no {label} in {said}"))
+}
+
 fn measure(lab: &Lab, server: &str, query: &str, seconds: u64) -> Result<Measured> {
     let file = lab.a.directory().join("queries");
     fs::write(&file, query)?;
@@ -59,18 +122,10 @@ fn measure(lab: &Lab, server: &str, query: &str, seconds: u64) -> Result<Measure
         .arg("-d")
         .arg(&file)
         .run(Duration::from_secs(seconds + 30))?;
-    let number = |label: &str| -> Result<f64> {
-        let line = said
-            .lines()
-            .find_map(|line| line.trim().strip_prefix(label));
-        let word = line.and_then(|rest| rest.split_whitespace().next());
-        word.and_then(|word| word.parse().ok())
-            .with_context(|| format!("no {label} in {said}"))
-    };
     Ok(Measured {
-        per_second: number("Queries per second:")?,
-        lost: number("Queries lost:")?,
-        average_ms: number("Average Latency (s):")? * 1000.0,
+        per_second: number(&said, "Queries per second:")?,
+        lost: number(&said, "Queries lost:")?,
+        average_ms: number(&said, "Average Latency (s):")? * 1000.0,
     })
 }
 

@@ -27,6 +27,7 @@ pub const TOPIC: Topic = Topic {
         upstream::other_names_are_answered_as_before: "queries for other names, sent through the agent, get the upstream's answers byte for byte";
         upstream::a_lost_upstream_denies_no_name: "while the upstream is away, other names are answered SERVFAIL and own names as ever";
         load::own_names_are_answered_fast: "own names are answered at half the rate of dnsmasq or better, in one run, and no query is lost";
+        load::an_upgrade_loses_no_query: "`sidestep upgrade` under load: no query is lost, and none is answered wrong";
     },
 };
 
