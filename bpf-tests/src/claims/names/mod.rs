@@ -26,7 +26,7 @@ pub const TOPIC: Topic = Topic {
         consul::answers_are_consuls: "for 40 forms of queries, answers are those of Consul 1.8.7, or differ as documented";
         upstream::other_names_are_answered_as_before: "queries for other names, sent through the agent, get the upstream's answers byte for byte";
         upstream::a_lost_upstream_denies_no_name: "while the upstream is away, other names are answered SERVFAIL and own names as ever";
-        load::own_names_are_answered_fast: "own names are answered at half the rate of dnsmasq or better, in one run, and no query is lost";
+        load::own_names_are_answered_fast: "20,000 queries of own names per second (5,000 without optimisation) are answered and none is lost; dnsmasq's rate is told beside";
         load::an_upgrade_loses_no_query: "`sidestep upgrade` under load: no query is lost, and none is answered wrong";
     },
 };
