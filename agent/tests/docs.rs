@@ -290,7 +290,7 @@ fn keys_and_metrics_that_pages_name_exist() {
                 .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '_' | '.'))
                 && word
                     .split_once('.')
-                    .is_some_and(|(table, _)| tables.contains(table));
+                    .is_some_and(|(table, key)| tables.contains(table) && !key.is_empty());
             let exists = || {
                 known
                     .iter()

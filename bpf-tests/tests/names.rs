@@ -13,6 +13,7 @@ test_claims! {
     large_answers_come_whole
     nobody_else_gets_an_answer
     answers_are_consuls
+    names_of_consul_go_on
     other_names_are_answered_as_before
     a_lost_upstream_denies_no_name
     own_names_are_answered_fast

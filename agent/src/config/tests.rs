@@ -249,6 +249,20 @@ fn a_value_that_cannot_be_used_is_named_with_what_was_expected() {
             "telemetry.access_log: \"x\": expected \"off\"",
         ),
         (
+            "[identity]\nleaf_ttl = \"1s\"",
+            "identity.leaf_ttl: 1000 ms: expected at least",
+        ),
+        (
+            "[agent]\ncgroup = \"/\"",
+            "agent.cgroup: \"/\": expected a cgroup below the root",
+        ),
+    ]);
+}
+
+#[test]
+fn names_that_cannot_be_answered_are_named() {
+    assert_problems(&[
+        (
             "[dns]\nlisten = \"0.0.0.0:53\"",
             "dns.listen: 0.0.0.0:53: expected one address of this node",
         ),
@@ -263,14 +277,6 @@ fn a_value_that_cannot_be_used_is_named_with_what_was_expected() {
         (
             "[dns]\nttl = \"2h\"",
             "dns.ttl: 7200 s: expected at most an hour",
-        ),
-        (
-            "[identity]\nleaf_ttl = \"1s\"",
-            "identity.leaf_ttl: 1000 ms: expected at least",
-        ),
-        (
-            "[agent]\ncgroup = \"/\"",
-            "agent.cgroup: \"/\": expected a cgroup below the root",
         ),
     ]);
 }

@@ -314,6 +314,20 @@ pub struct AgentSelf {
     /// What it is to its cluster.
     #[serde(default)]
     pub member: AgentMember,
+    /// What it says of itself for finding faults.
+    #[serde(default, rename = "DebugConfig")]
+    pub debug: AgentDebug,
+}
+
+/// The part of what an agent says for finding faults that has been there in every version.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+pub struct AgentDebug {
+    /// Where it answers DNS, as `udp://127.0.0.1:8600`; nowhere, if it does not.
+    #[serde(default, rename = "DNSAddrs", deserialize_with = "or_default")]
+    pub dns_addresses: Vec<String>,
+    /// The domain that it answers for.
+    #[serde(default, rename = "DNSDomain", deserialize_with = "or_default")]
+    pub dns_domain: String,
 }
 
 /// An agent as the members of its cluster know it.

@@ -207,7 +207,6 @@ pub(super) fn question_bytes(message: &[u8]) -> Option<&[u8]> {
 }
 
 /// The question, if there is exactly one that can be read.
-#[cfg(any(test, fuzzing))]
 pub(super) fn question(message: &[u8]) -> Option<Question> {
     let mut decoder = BinDecoder::new(message);
     let Header { counts, .. } = Header::read(&mut decoder).ok()?;

@@ -129,10 +129,11 @@ impl Resolver {
             Received::Query(asked) => asked,
         };
         let zone = self.zone.load();
-        if !zone.owns(&asked.question.name) {
-            return Step::Forward;
-        }
         let (op_code, question) = (asked.metadata.op_code, asked.question.clone());
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        let Some(answer) = zone.answer(&question.name, question.query_type, turn) else {
+            return Step::Forward;
+        };
         let (envelope, answer) = match asked.open() {
             Err(unreadable) => (unreadable, Answer::only(ResponseCode::FormErr)),
             Ok(envelope) if !envelope.has_known_edns() => {
@@ -144,12 +145,7 @@ impl Resolver {
             Ok(envelope) if question.query_class != DNSClass::IN => {
                 (envelope, Answer::only(ResponseCode::Refused))
             }
-            Ok(envelope) => {
-                let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-                let answer = zone.answer(&question.name, question.query_type, turn);
-                let refused = || Answer::only(ResponseCode::Refused);
-                (envelope, answer.unwrap_or_else(refused))
-            }
+            Ok(envelope) => (envelope, answer),
         };
         self.seal(query, envelope, answer)
     }

@@ -124,6 +124,7 @@ pub(crate) fn settings(service_answers: ServiceAnswers) -> ZoneSettings {
         datacenter: "dc1".to_owned(),
         ranges: (right("240.0.0.0/4"), right("fd00::/64")),
         name_servers: vec![right("127.0.0.1")],
+        shared: false,
     }
 }
 

@@ -227,13 +227,13 @@ proptest! {
         let bytes = message.to_vec().unwrap();
         match resolver.decide(&query(&bytes, Transport::Udp)) {
             Step::Answer(answer) => {
-                prop_assert!(resolver.zone.load().owns(&name));
+                prop_assert_ne!(ending, "org.");
                 prop_assert_eq!(message::question_bytes(&answer), message::question_bytes(&bytes));
                 prop_assert_eq!(message::id(&answer), Some(id));
                 prop_assert!(message::is_response(&answer));
                 prop_assert!(answer.len() <= usize::from(size.unwrap_or(512).clamp(512, 1232)));
             }
-            Step::Forward => prop_assert!(!resolver.zone.load().owns(&name)),
+            Step::Forward => prop_assert!(!ending.eq_ignore_ascii_case("consul.")),
             Step::Ignore => prop_assert!(false, "ignored"),
         }
     }

@@ -68,9 +68,15 @@ pub(super) struct ConsulParts {
     local: watch::Sender<Option<BTreeSet<ServiceName>>>,
     address: String,
     version: String,
+    dns_servers: Vec<SocketAddr>,
 }
 
 impl ConsulParts {
+    /// Where Consul's own DNS is asked.
+    pub(super) fn dns_servers(&self) -> &[SocketAddr] {
+        &self.dns_servers
+    }
+
     /// For operators.
     pub(super) fn status(&self) -> ConsulStatus {
         let source = self.source.status();
@@ -161,6 +167,7 @@ pub(super) async fn open(
         .parse()
         .map_err(NodeError::when("take Consul's name for this node"))?;
     tracing::info!(node = %name, datacenter = agent.datacenter, version = agent.version, "connected to Consul");
+    tell_of_other_domain(around.config, &agent);
     let domain = LocalDomain::new(ca.trust_domain().clone(), agent.datacenter.clone());
     let services = register(&client, consul, &agent, name.clone(), &around)?;
     let (local, local_seen) = watch::channel(None);
@@ -182,6 +189,7 @@ pub(super) async fn open(
         local,
         address: consul.client.address.to_string(),
         version: agent.version,
+        dns_servers: agent.dns_servers,
     };
     Ok(Opened {
         name,
@@ -202,6 +210,19 @@ async fn connect(
         .await
         .map_err(NodeError::when("ask the Consul agent who it is"))?;
     Ok((ca, roots, agent))
+}
+
+fn tell_of_other_domain(config: &Config, agent: &ConsulAgent) {
+    let ours = config.dns.domain.to_ascii();
+    let plain = |domain: &str| domain.trim_end_matches('.').to_ascii_lowercase();
+    let (consuls, ours) = (plain(&agent.dns_domain), plain(&ours));
+    if !config.dns.listen.is_empty() && !consuls.is_empty() && consuls != ours {
+        tracing::warn!(
+            consuls,
+            ours,
+            "names are answered below another domain than Consul's: set dns.domain to it"
+        );
+    }
 }
 
 /// Asks until there is an answer, or one that does not change.

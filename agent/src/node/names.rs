@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Node, NodeError};
+use super::{Node, NodeError, consul::ConsulParts};
 use crate::{
     config::DnsConfig,
     dns::{
@@ -31,11 +31,16 @@ pub(super) fn serve(node: &Arc<Node>) -> Result<(), NodeError> {
         datacenter: node.local.datacenter().to_owned(),
         ranges: (config.capture.ipv4_range, config.capture.ipv6_range),
         name_servers: dns.listen.iter().map(std::net::SocketAddr::ip).collect(),
+        shared: node.consul.is_some(),
     };
+    // With Consul, its own DNS says what does not lead to virtual addresses.
+    let consuls = node.consul.as_ref().map(ConsulParts::dns_servers);
+    let forwarder = Forwarder::new(upstreams(dns))
+        .with_domain(dns.domain.clone(), consuls.unwrap_or_default().to_vec());
     let resolver = Arc::new(Resolver::new(
         settings,
         node.catalog.current(),
-        Forwarder::new(upstreams(dns)),
+        forwarder,
         Arc::clone(node.telemetry.metrics()),
     ));
     resolver.follow(&node.catalog, &node.shutdown);

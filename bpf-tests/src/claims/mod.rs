@@ -120,6 +120,6 @@ pub const TOPICS: &[Topic] = &[
     path::TOPIC,
     dependable::TOPIC,
     consul::TOPIC,
+    names::TOPIC,
     iptables::TOPIC,
 ];
-pub const TOPICS: &[Topic] = &[path::TOPIC, dependable::TOPIC, names::TOPIC];

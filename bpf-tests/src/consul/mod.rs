@@ -77,7 +77,7 @@ impl Consul {
         };
         let bind = |node: &Node| format!("-bind={}", node.address());
         let (bind_a, bind_b) = (bind(&lab.a), bind(&lab.b));
-        let quiet = ["-log-level=info", "-dns-port=-1"];
+        let quiet = ["-log-level=info"];
         let a = [&["-dev", bind_a.as_str()], quiet.as_slice()].concat();
         let join = format!("-retry-join={}", lab.a.address());
         let b = [

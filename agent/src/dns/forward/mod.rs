@@ -13,6 +13,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use hickory_proto::rr::Name;
 use parking_lot::Mutex;
 use rustls::crypto::SecureRandom;
 use tokio::{
@@ -160,6 +161,8 @@ pub enum ForwardError {
 #[derive(Debug)]
 pub struct Forwarder {
     upstreams: Upstreams,
+    /// A domain that others answer for, and who does.
+    elsewhere: Option<(Name, Vec<SocketAddr>)>,
     in_flight: Semaphore,
     random: &'static dyn SecureRandom,
 }
@@ -169,9 +172,17 @@ impl Forwarder {
     pub fn new(upstreams: Upstreams) -> Self {
         Self {
             upstreams,
+            elsewhere: None,
             in_flight: Semaphore::new(IN_FLIGHT_MAX),
             random: rustls::crypto::aws_lc_rs::default_provider().secure_random,
         }
+    }
+
+    /// Asks `servers` instead for names below `domain`, if there are any.
+    #[must_use]
+    pub fn with_domain(mut self, domain: Name, servers: Vec<SocketAddr>) -> Self {
+        self.elsewhere = (!servers.is_empty()).then_some((domain, servers));
+        self
     }
 
     /// Whether there is anybody to ask.
@@ -188,10 +199,9 @@ impl Forwarder {
         query: &Query<'_>,
         replies: &mpsc::Sender<Vec<u8>>,
     ) -> Result<(), ForwardError> {
-        let servers = match (query.server, &self.upstreams) {
-            (Some(server), _) => vec![server],
-            (None, Upstreams::Configured(servers)) => servers.clone(),
-            (None, Upstreams::ResolvConf(file)) => file.servers(),
+        let servers = match query.server {
+            Some(server) => vec![server],
+            None => self.servers(query.message),
         };
         let _permit = self
             .in_flight
@@ -219,6 +229,19 @@ impl Forwarder {
             }
         }
         Err(error)
+    }
+
+    /// Who is to be asked what was not captured on its way to another.
+    fn servers(&self, query: &[u8]) -> Vec<SocketAddr> {
+        if let Some((domain, servers)) = &self.elsewhere
+            && message::question(query).is_some_and(|question| domain.zone_of(&question.name))
+        {
+            return servers.clone();
+        }
+        match &self.upstreams {
+            Upstreams::Configured(servers) => servers.clone(),
+            Upstreams::ResolvConf(file) => file.servers(),
+        }
     }
 
     async fn over_udp(

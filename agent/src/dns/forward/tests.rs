@@ -234,3 +234,32 @@ async fn a_zone_passes_in_all_its_messages() {
             .all(|message| message::id(message) == Some(ID))
     );
 }
+
+#[tokio::test]
+async fn names_of_a_domain_that_others_answer_for_go_to_them() {
+    let of = |n| upstream(move |query| vec![answer(query, n).to_vec().unwrap()]);
+    let (upstream, consul) = (of(1).await, of(2).await);
+    let forwarder = Forwarder::new(Upstreams::Configured(vec![upstream]))
+        .with_domain("consul.".parse().unwrap(), vec![consul]);
+    for (name, server, expected) in [
+        ("web.node.Consul.", None, 2),
+        ("notconsul.", None, 1),
+        ("www.example.test.", None, 1),
+        // Where it was on its way to is stronger.
+        ("web.node.consul.", Some(upstream), 1),
+    ] {
+        let mut message = Message::new(7, MessageType::Query, OpCode::Query);
+        message.add_query(Question::query(name.parse().unwrap(), RecordType::A));
+        let message = message.to_vec().unwrap();
+        let (replies, mut answers) = mpsc::channel(1);
+        let query = Query {
+            message: &message,
+            transport: Transport::Udp,
+            client: ([127, 0, 0, 1], 40_000).into(),
+            server,
+        };
+        forwarder.exchange(&query, &replies).await.unwrap();
+        let answer = Message::from_vec(&answers.recv().await.unwrap()).unwrap();
+        assert_eq!(answer.answers.len(), expected, "{name}");
+    }
+}

@@ -50,6 +50,9 @@ pub struct ZoneSettings {
     pub ranges: (Ipv4Net, Ipv6Net),
     /// Where the name server is.
     pub name_servers: Vec<IpAddr>,
+    /// Whether somebody else answers for the domain too: Consul, which knows every service, instance and node. Then only
+    /// names that lead to virtual addresses are ours.
+    pub shared: bool,
 }
 
 /// An answer, short of what the query says itself.
@@ -137,17 +140,15 @@ impl Zone {
         &self.settings
     }
 
-    /// Whether nobody else answers for `name`: below the domain, or the reverse of a virtual address.
-    pub fn owns(&self, name: &Name) -> bool {
-        self.settings.domain.zone_of(name) || self.reverse(name).is_some()
-    }
-
-    /// What `name` leads to; `None` if it is not ours. `turn` says who comes first: it rises with each query.
+    /// What `name` leads to; `None` if it is for somebody else to say. `turn` says who comes first: it rises with each
+    /// query.
     pub fn answer(&self, name: &Name, query: RecordType, turn: usize) -> Option<Answer> {
+        let in_domain = self.settings.domain.zone_of(name);
         if matches!(query, RecordType::AXFR | RecordType::IXFR) {
-            return self.owns(name).then(|| Answer::only(ResponseCode::Refused));
+            let is_ours = in_domain && !self.settings.shared || self.reverse(name).is_some();
+            return is_ours.then(|| Answer::only(ResponseCode::Refused));
         }
-        if self.settings.domain.zone_of(name) {
+        if in_domain {
             let apex = name.trim_to(usize::from(self.settings.domain.num_labels()));
             let asking = Asking {
                 zone: self,
@@ -156,7 +157,11 @@ impl Zone {
                 query,
                 turn,
             };
-            return Some(asking.answer());
+            return if self.settings.shared {
+                asking.virtual_answer()
+            } else {
+                Some(asking.answer())
+            };
         }
         self.reverse(name)
             .map(|network| self.answer_reverse(name, network, query))
@@ -308,6 +313,38 @@ impl Asking<'_> {
         }
     }
 
+    /// The answer where the domain is shared: what leads to a virtual address of a service that this node knows.
+    fn virtual_answer(&self) -> Option<Answer> {
+        let labels = self.labels()?;
+        let virtually = self.zone.settings.service_answers == ServiceAnswers::Virtual;
+        match grammar::read(&labels, self.query == RecordType::SRV) {
+            Asked::Virtual { service } => {
+                let service = self.zone.service(&service)?;
+                Some(self.virtual_addresses(service))
+            }
+            Asked::Service {
+                service,
+                tag: None,
+                datacenter,
+            }
+            | Asked::Connect {
+                service,
+                datacenter,
+            } if virtually && self.zone.is_here(datacenter.as_deref()) => {
+                let service = self.zone.service(&service)?;
+                Some(self.leads_to_virtual(service))
+            }
+            Asked::Apex
+            | Asked::NameServer
+            | Asked::Branch
+            | Asked::Service { .. }
+            | Asked::Connect { .. }
+            | Asked::Node { .. }
+            | Asked::Address { .. }
+            | Asked::Nothing => None,
+        }
+    }
+
     /// The labels before the domain, in lower case; `None` if a name of the catalog cannot have them.
     fn labels(&self) -> Option<Vec<String>> {
         let count = self.name.num_labels() - self.zone.settings.domain.num_labels();
@@ -391,11 +428,7 @@ impl Asking<'_> {
         // A tag picks instances, which a virtual address cannot.
         let virtually = self.zone.settings.service_answers == ServiceAnswers::Virtual;
         if virtually && tag.is_none() {
-            return if self.query == RecordType::SRV {
-                self.virtual_ports(service)
-            } else {
-                self.virtual_addresses(service)
-            };
+            return self.leads_to_virtual(service);
         }
         let mut instances: Vec<&Instance> = service
             .instances
@@ -415,6 +448,14 @@ impl Asking<'_> {
             return self.instance_ports(&instances, through);
         }
         self.addresses(instances.iter().map(|instance| instance.tunnel.ip()))
+    }
+
+    fn leads_to_virtual(&self, service: &Service) -> Answer {
+        if self.query == RecordType::SRV {
+            self.virtual_ports(service)
+        } else {
+            self.virtual_addresses(service)
+        }
     }
 
     /// The ports of the virtual addresses: those that answer, or those of the instances if every one does.

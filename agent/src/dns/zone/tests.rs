@@ -369,8 +369,8 @@ fn virtual_addresses_have_names() {
         "1.0.0.127.in-addr.arpa.",
     ] {
         let name: Name = others.parse().unwrap();
-        assert!(!zone.owns(&name), "{others}");
-        assert_eq!(zone.answer(&name, PTR, 0), None);
+        assert_eq!(zone.answer(&name, PTR, 0), None, "{others}");
+        assert_eq!(zone.answer(&name, AXFR, 0), None, "{others}");
     }
 }
 
@@ -397,6 +397,69 @@ fn only_names_below_the_domain_are_ours() {
         ("consul.example.", false),
         (".", false),
     ] {
-        assert_eq!(zone.owns(&name.parse().unwrap()), ours, "{name}");
+        let name: Name = name.parse().unwrap();
+        assert_eq!(zone.answer(&name, A, 0).is_some(), ours, "{name}");
+    }
+}
+
+#[test]
+fn in_a_shared_domain_only_what_leads_to_virtual_addresses_is_ours() {
+    let shared = |service_answers| {
+        let settings = ZoneSettings {
+            shared: true,
+            ..testing::settings(service_answers)
+        };
+        Zone::new(Arc::new(settings), testing::catalog(true))
+    };
+    let zone = shared(ServiceAnswers::Virtual);
+    let address = ["NoError", "web.service.consul. A 240.0.0.10"];
+    assert_answer(&zone, "web.service.consul.", A, &address);
+    assert_answer(
+        &zone,
+        "db.virtual.consul.",
+        AAAA,
+        &["NoError", "authority consul."],
+    );
+    let ours = [
+        ("web.virtual.consul.", A),
+        ("web.service.dc1.consul.", A),
+        ("_web._tcp.service.consul.", SRV),
+        ("idle.connect.consul.", AAAA),
+        ("10.0.0.240.in-addr.arpa.", PTR),
+    ];
+    let of_others = [
+        ("consul.", SOA),
+        ("ns.consul.", A),
+        ("service.consul.", A),
+        ("nope.virtual.consul.", A),
+        ("nope.service.consul.", A),
+        ("v1.web.service.consul.", A),
+        ("_web._v1.service.consul.", SRV),
+        ("web.service.dc2.consul.", A),
+        ("a.node.consul.", A),
+        ("c0000201.addr.dc1.consul.", A),
+        ("web.query.consul.", A),
+        ("web.service.consul.", AXFR),
+    ];
+    for (name, query) in ours {
+        let answer = zone.answer(&name.parse().unwrap(), query, 0);
+        assert!(answer.is_some(), "{name} {query}");
+    }
+    for (name, query) in of_others {
+        assert_eq!(
+            zone.answer(&name.parse().unwrap(), query, 0),
+            None,
+            "{name} {query}"
+        );
+    }
+    // Where services' names lead to instances, they are Consul's.
+    let zone = shared(ServiceAnswers::Instances);
+    for (name, ours) in [
+        ("web.virtual.consul.", true),
+        ("web.service.consul.", false),
+        ("web.connect.consul.", false),
+    ] {
+        let answer = zone.answer(&name.parse().unwrap(), A, 0);
+        assert_eq!(answer.is_some(), ours, "{name}");
     }
 }

@@ -5,7 +5,11 @@
 //! roots that it lists are trusted and a leaf's chain is sent whole. Nothing here is asked of the servers' leader, so that
 //! certificates outlive a Consul without one, up to their end.
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use parking_lot::Mutex;
 use rustls_pki_types::CertificateDer;
@@ -68,6 +72,10 @@ pub struct ConsulAgent {
     pub address: Option<IpAddr>,
     /// Its version, for people.
     pub version: String,
+    /// Where it answers DNS, over UDP and TCP.
+    pub dns_servers: Vec<SocketAddr>,
+    /// The domain of its names, such as `consul.`; empty if it does not say.
+    pub dns_domain: String,
 }
 
 impl ConsulAgent {
@@ -78,14 +86,37 @@ impl ConsulAgent {
     pub async fn ask(client: &Client) -> Result<Self, ConsulCaError> {
         let request = Request::to(&["v1", "agent", "self"]);
         let answered = client.get::<AgentSelf>(&request).await;
-        let AgentSelf { config, member } = answered.map_err(ConsulCaError::agent_self)?.body;
+        let AgentSelf {
+            config,
+            member,
+            debug,
+        } = answered.map_err(ConsulCaError::agent_self)?.body;
         Ok(Self {
             datacenter: config.datacenter,
             node: config.node_name,
             address: member.addr.parse().ok(),
             version: config.version,
+            dns_servers: dns_servers(&debug.dns_addresses),
+            dns_domain: debug.dns_domain,
         })
     }
+}
+
+/// Those of Consul's `DNSAddrs` that take datagrams. One that listens at every address is asked over loopback.
+fn dns_servers(listed: &[String]) -> Vec<SocketAddr> {
+    let over_udp = listed
+        .iter()
+        .filter_map(|text| text.strip_prefix("udp://")?.parse().ok());
+    over_udp
+        .map(|mut address: SocketAddr| {
+            match address.ip() {
+                IpAddr::V4(ip) if ip.is_unspecified() => address.set_ip(Ipv4Addr::LOCALHOST.into()),
+                IpAddr::V6(ip) if ip.is_unspecified() => address.set_ip(Ipv6Addr::LOCALHOST.into()),
+                IpAddr::V4(_) | IpAddr::V6(_) => {}
+            }
+            address
+        })
+        .collect()
 }
 
 impl ConsulCa {

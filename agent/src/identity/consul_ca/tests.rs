@@ -56,6 +56,29 @@ fn said(error: &(dyn std::error::Error + 'static)) -> String {
     chain(error).to_string()
 }
 
+#[test]
+fn consuls_dns_is_asked_where_it_can_be_reached() {
+    let listed = [
+        "tcp://127.0.0.1:8600",
+        "udp://127.0.0.1:8600",
+        "udp://0.0.0.0:53",
+        "udp://[::]:8600",
+        "udp://192.0.2.1:53",
+        "unix:///run/dns",
+    ];
+    let asked: Vec<String> = dns_servers(&listed.map(str::to_owned))
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    let expected = [
+        "127.0.0.1:8600",
+        "127.0.0.1:53",
+        "[::1]:8600",
+        "192.0.2.1:53",
+    ];
+    assert_eq!(asked, expected);
+}
+
 #[tokio::test]
 async fn leaves_of_the_real_consul_are_taken_into_use() {
     let Some(consul) = RealConsul::start(json!({})).await else {
@@ -65,6 +88,11 @@ async fn leaves_of_the_real_consul_are_taken_into_use() {
     let agent = ConsulAgent::ask(&client).await.unwrap();
     assert_eq!((&*agent.datacenter, &*agent.node), ("dc1", "node1"));
     assert!(!agent.version.is_empty());
+    // The program is started without DNS.
+    assert_eq!(
+        (&*agent.dns_servers, &*agent.dns_domain),
+        (&[][..], "consul.")
+    );
 
     let (ca, follower) = connect(client).await;
     let trust_domain = ca.trust_domain().clone();

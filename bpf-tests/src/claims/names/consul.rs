@@ -4,11 +4,16 @@ use std::collections::BTreeSet;
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::dns;
+use serde_json::json;
+
+use super::{dns, with_resolv_conf, write_resolv_conf};
 use crate::{
     claims::{Finding, Size},
+    consul::ConsulMesh,
     lab::Lab,
+    mesh::local,
     node::Node,
+    services,
     wait::{SOON, wait_for_value},
 };
 
@@ -149,6 +154,90 @@ pub(super) fn answers_are_consuls(_size: Size) -> Result<Finding> {
             .concat()
             .join("\n             ");
     }
+    Ok(Finding::new(wrong.is_empty(), figure))
+}
+
+/// What Consul itself is to say, unchanged.
+const CONSULS: &[&str] = &[
+    "plain.service.consul A",
+    "plain.service.consul SRV",
+    "v1.web.service.consul SRV",
+    "web.service.dc9.consul A",
+    "consul.service.consul A",
+    "a.node.consul A",
+    "b.node.dc1.consul A",
+    "consul SOA",
+    "nope.service.consul A",
+    "nope.query.consul A",
+];
+
+pub(super) fn names_of_consul_go_on(_size: Size) -> Result<Finding> {
+    let mut mesh = ConsulMesh::dev("names-of-consul")?;
+    let place = mesh.place("web")?;
+    mesh.keep(services::nginx(&place, local(8080), "page of web")?);
+    mesh.register("web", "web", 8080, json!({ "Tags": ["v1"] }))?;
+    // On no node with Sidestep, and not for the mesh.
+    mesh.api().put(
+        "catalog/register",
+        &json!({
+            "Node": "elsewhere", "Address": "192.0.2.7",
+            "Service": { "Service": "plain", "Port": 8090 },
+        }),
+    )?;
+    dns(&mut mesh.lab.a, "listen = \"127.0.0.1:53\"\nupstreams = []");
+    mesh.start()?;
+    let address = mesh.callable("web")?;
+
+    let resolv_conf = write_resolv_conf(mesh.shop.directory())?;
+    let names = [
+        "web.service.consul",
+        "web.virtual.consul",
+        "web.connect.consul",
+    ];
+    for name in names {
+        let said = ask(&mesh.lab.a, 53, &format!("{name} A"))?;
+        let leads = said
+            .lines
+            .iter()
+            .any(|line| line.ends_with(&address.to_string()));
+        ensure!(leads, "{name} leads to {said:?}, not to {address}");
+        let url = format!("http://{name}:8080/");
+        let curl = [
+            "curl",
+            "--silent",
+            "--show-error",
+            "--fail",
+            "--max-time",
+            "20",
+            &url,
+        ];
+        let page = with_resolv_conf(&mesh.shop, &resolv_conf, &curl)
+            .run(SOON)
+            .with_context(|| mesh.said())?;
+        ensure!(page.trim() == "page of web", "{name}: {page:?}");
+    }
+    let mut wrong = vec![];
+    for form in CONSULS {
+        let (ours, consuls) = (ask(&mesh.lab.a, 53, form)?, ask(&mesh.lab.a, 8600, form)?);
+        if ours != consuls {
+            wrong.push(format!("{form}: ours {ours:?}, Consul's {consuls:?}"));
+        }
+    }
+    // The comparison sees something.
+    let plain = ask(&mesh.lab.a, 53, "plain.service.consul A")?;
+    ensure!(
+        plain.lines.iter().any(|line| line.ends_with("192.0.2.7")),
+        "{plain:?}"
+    );
+    let figure = format!(
+        "{} pages by name; {} of {} other names as Consul answers them",
+        names.len(),
+        CONSULS.len() - wrong.len(),
+        CONSULS.len()
+    );
+    let figure = [&[figure], wrong.as_slice()]
+        .concat()
+        .join("\n             ");
     Ok(Finding::new(wrong.is_empty(), figure))
 }
 
