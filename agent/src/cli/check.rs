@@ -53,17 +53,20 @@ pub(super) fn check(args: &CheckArgs) -> ExitCode {
 }
 
 fn scope(config: &Config) -> Scope {
+    let tunnel = |port| SocketAddr::new(config.tunnel.listen, port);
     let addresses = [
         Some(SocketAddr::from(([127, 0, 0, 1], config.capture.port))),
-        Some(SocketAddr::new(config.tunnel.listen, config.tunnel.port)),
+        Some(tunnel(config.tunnel.port)),
+        config.tunnel.hbone_port.map(tunnel),
         config.telemetry.metrics,
     ];
+    let addresses = addresses.into_iter().flatten();
     Scope {
         iptables: node::iptables_choice(config.capture.mode),
         cgroups: config.capture.cgroups.clone(),
         agent_cgroup: config.agent.cgroup.clone(),
         pin_directory: config.capture.pin_directory.clone(),
-        addresses: addresses.into_iter().flatten().collect(),
+        addresses: addresses.chain(config.dns.listen.clone()).collect(),
     }
 }
 

@@ -20,10 +20,12 @@ mod tests;
 
 use std::{
     net::SocketAddr,
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 pub use crate::telemetry::metrics::DnsTransport as Transport;
@@ -33,7 +35,10 @@ use hickory_proto::{
     op::{OpCode, ResponseCode},
     rr::DNSClass,
 };
-use tokio::sync::mpsc;
+use tokio::{
+    sync::{Notify, mpsc},
+    time::timeout,
+};
 
 use self::{
     forward::{ForwardError, Forwarder},
@@ -41,7 +46,10 @@ use self::{
     zone::{Answer, Zone, ZoneSettings},
 };
 use crate::{
-    catalog::store::{Catalog, CatalogStore},
+    catalog::{
+        consul::{ConsulHandle, LookUp},
+        store::{Catalog, CatalogStore},
+    },
     lifecycle::Shutdown,
     telemetry::{
         log::chain,
@@ -49,6 +57,9 @@ use crate::{
         rate::OncePer,
     },
 };
+
+/// From when the source has published a service until the zone has it, at most.
+const ZONE_WAIT: Duration = Duration::from_secs(1);
 
 /// A query on its way.
 #[derive(Debug, Clone, Copy)]
@@ -81,6 +92,10 @@ pub struct Resolver {
     forwarder: Forwarder,
     metrics: Arc<Metrics>,
     turn: AtomicUsize,
+    /// Who knows what the catalog has not yet.
+    source: Option<ConsulHandle>,
+    /// Told whenever there is another zone.
+    renewed: Notify,
 }
 
 impl Resolver {
@@ -96,7 +111,16 @@ impl Resolver {
             forwarder,
             metrics,
             turn: AtomicUsize::new(0),
+            source: None,
+            renewed: Notify::new(),
         }
+    }
+
+    /// Looks services up in Consul that the catalog has not, before their names are anybody else's.
+    #[must_use]
+    pub fn with_source(mut self, source: ConsulHandle) -> Self {
+        self.source = Some(source);
+        self
     }
 
     /// Follows the catalog until everything has drained.
@@ -108,6 +132,7 @@ impl Resolver {
                 let settings = Arc::clone(resolver.zone.load().settings());
                 let zone = Zone::new(settings, store.current());
                 resolver.zone.store(Arc::new(zone));
+                resolver.renewed.notify_waiters();
                 tokio::select! {
                     biased;
                     () = stopped.stopped() => return,
@@ -178,7 +203,18 @@ impl Resolver {
     /// Brings a query to its server, or to the configured upstreams, and the answer to `replies`: one message, but
     /// for transfers of zones. Where there is no answer, SERVFAIL says so.
     pub async fn forward(&self, query: &Query<'_>, replies: &mpsc::Sender<Vec<u8>>) {
-        static ONCE: OncePer = OncePer::new(std::time::Duration::from_secs(60));
+        static ONCE: OncePer = OncePer::new(Duration::from_secs(60));
+        match self.look_up(query).await {
+            LookUp::Outside => {}
+            LookUp::InMesh => {
+                if let Some(answer) = self.decided(query).await {
+                    let _gone = replies.send(answer).await;
+                    return;
+                }
+                return self.not_known(query, replies).await;
+            }
+            LookUp::NotKnown => return self.not_known(query, replies).await,
+        }
         let begun = tokio::time::Instant::now();
         let error = match self.forwarder.exchange(query, replies).await {
             Ok(()) => {
@@ -202,6 +238,47 @@ impl Resolver {
         self.metrics.dns_query(query.transport, outcome);
         if let Some(answer) = message::only_code(query.message, code, self.is_recursive(query)) {
             // Nobody is left to take it: nobody waits for it.
+            let _gone = replies.send(answer).await;
+        }
+    }
+}
+
+impl Resolver {
+    /// Whether the name leads to a service of the mesh that the catalog has not yet.
+    async fn look_up(&self, query: &Query<'_>) -> LookUp {
+        let Some(source) = &self.source else {
+            return LookUp::Outside;
+        };
+        let service = message::question(query.message).and_then(|question| {
+            let zone = self.zone.load();
+            zone.might_lead_to(&question.name, question.query_type)
+        });
+        match service {
+            Some(service) => source.look_up(&service).await,
+            None => LookUp::Outside,
+        }
+    }
+
+    /// Our own answer, once the zone has it.
+    async fn decided(&self, query: &Query<'_>) -> Option<Vec<u8>> {
+        let answered = async {
+            loop {
+                let mut renewed = pin!(self.renewed.notified());
+                renewed.as_mut().enable();
+                if let Step::Answer(answer) = self.decide(query) {
+                    return answer;
+                }
+                renewed.await;
+            }
+        };
+        timeout(ZONE_WAIT, answered).await.ok()
+    }
+
+    /// What is not known is not denied.
+    async fn not_known(&self, query: &Query<'_>, replies: &mpsc::Sender<Vec<u8>>) {
+        let (code, outcome) = (ResponseCode::ServFail, DnsOutcome::NotKnown);
+        self.metrics.dns_query(query.transport, outcome);
+        if let Some(answer) = message::only_code(query.message, code, self.is_recursive(query)) {
             let _gone = replies.send(answer).await;
         }
     }

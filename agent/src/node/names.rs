@@ -37,12 +37,12 @@ pub(super) fn serve(node: &Arc<Node>) -> Result<(), NodeError> {
     let consuls = node.consul.as_ref().map(ConsulParts::dns_servers);
     let forwarder = Forwarder::new(upstreams(dns))
         .with_domain(dns.domain.clone(), consuls.unwrap_or_default().to_vec());
-    let resolver = Arc::new(Resolver::new(
-        settings,
-        node.catalog.current(),
-        forwarder,
-        Arc::clone(node.telemetry.metrics()),
-    ));
+    let metrics = Arc::clone(node.telemetry.metrics());
+    let resolver = Resolver::new(settings, node.catalog.current(), forwarder, metrics);
+    let resolver = Arc::new(match &node.consul {
+        Some(consul) => resolver.with_source(consul.source.clone()),
+        None => resolver,
+    });
     resolver.follow(&node.catalog, &node.shutdown);
     let gate = Arc::new(Gate {
         allowed: dns.allow.clone(),

@@ -19,7 +19,7 @@ mod follow;
 mod tests;
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -49,6 +49,9 @@ use crate::{
 
 /// The longest that a connection waits for a fresh answer.
 const FRESH_WAIT: Duration = Duration::from_millis(100);
+
+/// The longest that a name's resolution waits until it is known whether the mesh has the service.
+const LOOK_UP_WAIT: Duration = Duration::from_secs(2);
 
 /// What to follow.
 #[derive(Debug, Clone)]
@@ -89,6 +92,7 @@ pub struct ConsulSource {
     settings: SourceSettings,
     local: watch::Receiver<Option<BTreeSet<ServiceName>>>,
     wanted: mpsc::Receiver<Wanted>,
+    named: mpsc::Receiver<Named>,
     shared: Arc<Shared>,
 }
 
@@ -96,6 +100,7 @@ pub struct ConsulSource {
 #[derive(Debug, Clone)]
 pub struct ConsulHandle {
     wanted: mpsc::Sender<Wanted>,
+    named: mpsc::Sender<Named>,
     shared: Arc<Shared>,
 }
 
@@ -104,6 +109,8 @@ pub struct ConsulHandle {
 struct Shared {
     /// Services whose answer is fresh by itself, and whether they were called since this was last looked at.
     watched: ArcSwap<HashMap<ServiceName, AtomicBool>>,
+    /// Services that were read and have nobody who speaks mutual TLS.
+    outside: Mutex<HashSet<ServiceName>>,
     status: Mutex<ConsulStatus>,
 }
 
@@ -142,7 +149,48 @@ struct Wanted {
     fresh: oneshot::Sender<()>,
 }
 
+/// A service's name is being resolved.
+#[derive(Debug)]
+struct Named {
+    service: ServiceName,
+    /// Told when what is known of it is published: whether the mesh has it. Dropped if there is no such service.
+    known: oneshot::Sender<bool>,
+}
+
+/// What is known of a service by its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LookUp {
+    /// The catalog has it, or will within moments: as soon as what was published is in force.
+    InMesh,
+    /// Consul has no such service, or nobody who speaks mutual TLS for it.
+    Outside,
+    /// Consul did not say in time.
+    NotKnown,
+}
+
 impl ConsulHandle {
+    /// Finds out whether the mesh has `service`, also if nobody here may call it: from then on the catalog has it. Else
+    /// its name would lead around the mesh, to addresses that Consul knows, because an intention denies.
+    pub async fn look_up(&self, service: &ServiceName) -> LookUp {
+        if self.shared.outside.lock().contains(service) {
+            return LookUp::Outside;
+        }
+        let (known, told) = oneshot::channel();
+        let named = Named {
+            service: service.clone(),
+            known,
+        };
+        if self.named.try_send(named).is_err() {
+            return LookUp::NotKnown;
+        }
+        match timeout(LOOK_UP_WAIT, told).await {
+            Ok(Ok(true)) => LookUp::InMesh,
+            // Dropped: there is no such service.
+            Ok(Ok(false) | Err(_)) => LookUp::Outside,
+            Err(_late) => LookUp::NotKnown,
+        }
+    }
+
     /// Says that a connection to `service` is being made. Returns at once where the service has a blocking query; else
     /// when a fresh answer is published, or soon without one.
     pub async fn wanted(&self, service: &ServiceName) {
@@ -176,9 +224,11 @@ impl ConsulSource {
         local: watch::Receiver<Option<BTreeSet<ServiceName>>>,
     ) -> (Self, ConsulHandle) {
         let (sender, wanted) = mpsc::channel(256);
+        let (names, named) = mpsc::channel(256);
         let shared = Arc::<Shared>::default();
         let handle = ConsulHandle {
             wanted: sender,
+            named: names,
             shared: Arc::clone(&shared),
         };
         let source = Self {
@@ -186,6 +236,7 @@ impl ConsulSource {
             settings,
             local,
             wanted,
+            named,
             shared,
         };
         (source, handle)

@@ -478,3 +478,45 @@ async fn a_consul_that_is_away_takes_nothing_with_it() {
         })
         .await;
 }
+
+#[tokio::test]
+async fn a_service_whose_name_is_resolved_is_known_also_if_nobody_may_call_it() {
+    let Some(consul) = RealConsul::start(json!({})).await else {
+        return;
+    };
+    let client = consul.client();
+    register(&client, &with_sidecar("Db", 5432, 21000)).await;
+    register(&client, &with_sidecar("web", 8080, 21001)).await;
+    register(&client, &json!({"Name": "plain", "Port": 80})).await;
+    intend(&client, "*", "*", "deny").await;
+    let mut running = Running::start(client.clone(), 128);
+    running.set_local(&["web"]);
+    let before = running.until("the own service", |s| s.is_whole).await;
+    assert_eq!(shown(&before).into_keys().collect::<Vec<_>>(), ["web"]);
+
+    // DNS does not tell upper from lower case.
+    for (service, expected) in [
+        ("db", LookUp::InMesh),
+        ("plain", LookUp::Outside),
+        ("plain", LookUp::Outside),
+        ("nope", LookUp::Outside),
+        ("web", LookUp::InMesh),
+    ] {
+        assert_eq!(
+            running.handle.look_up(&name(service)).await,
+            expected,
+            "{service}"
+        );
+    }
+    let after = running.snapshots.borrow().clone().unwrap();
+    assert_eq!(shown(&after).into_keys().collect::<Vec<_>>(), ["Db", "web"]);
+
+    // One that joins the mesh later.
+    register(&client, &with_sidecar("plain", 80, 21002)).await;
+    running
+        .until("the one that joined", |s| {
+            s.services.contains_key(&name("plain"))
+        })
+        .await;
+    assert_eq!(running.handle.look_up(&name("plain")).await, LookUp::InMesh);
+}

@@ -167,6 +167,55 @@ impl Zone {
             .map(|network| self.answer_reverse(name, network, query))
     }
 
+    /// The service that `name` would lead to if the mesh has it, in a [shared](ZoneSettings::shared) domain. `None` if
+    /// the catalog has it already.
+    pub fn might_lead_to(&self, name: &Name, query: RecordType) -> Option<ServiceName> {
+        let settings = &self.settings;
+        if !settings.shared || !settings.domain.zone_of(name) {
+            return None;
+        }
+        let service = self.virtually(&self.labels(name)?, query)?;
+        let is_known = self.services.contains_key(&service);
+        service.parse().ok().filter(|_| !is_known)
+    }
+
+    /// The service whose virtual addresses a name of a shared domain leads to.
+    fn virtually(&self, labels: &[String], query: RecordType) -> Option<String> {
+        let by_default = self.settings.service_answers == ServiceAnswers::Virtual;
+        match grammar::read(labels, query == RecordType::SRV) {
+            Asked::Virtual { service } => Some(service),
+            Asked::Service {
+                service,
+                tag: None,
+                datacenter,
+            }
+            | Asked::Connect {
+                service,
+                datacenter,
+            } => (by_default && self.is_here(datacenter.as_deref())).then_some(service),
+            Asked::Apex
+            | Asked::NameServer
+            | Asked::Branch
+            | Asked::Service { .. }
+            | Asked::Node { .. }
+            | Asked::Address { .. }
+            | Asked::Nothing => None,
+        }
+    }
+
+    /// The labels before the domain, in lower case; `None` if a name of the catalog cannot have them.
+    fn labels(&self, name: &Name) -> Option<Vec<String>> {
+        let count = name.num_labels() - self.settings.domain.num_labels();
+        let labels = name.iter().take(usize::from(count));
+        labels
+            .map(|label| {
+                let text = str::from_utf8(label).ok()?;
+                let plain = !text.contains('.');
+                plain.then(|| text.to_ascii_lowercase())
+            })
+            .collect()
+    }
+
     /// The virtual address, or the network of them, whose reverse name this is.
     fn reverse(&self, name: &Name) -> Option<IpNet> {
         let network = name.parse_arpa_name().ok()?;
@@ -277,7 +326,7 @@ struct Asking<'a> {
 
 impl Asking<'_> {
     fn answer(&self) -> Answer {
-        let Some(labels) = self.labels() else {
+        let Some(labels) = self.zone.labels(self.name) else {
             return self.negative(self.zone.missing());
         };
         let here = |datacenter: &Option<String>| self.zone.is_here(datacenter.as_deref());
@@ -313,49 +362,17 @@ impl Asking<'_> {
         }
     }
 
-    /// The answer where the domain is shared: what leads to a virtual address of a service that this node knows.
+    /// The answer where the domain is shared: what leads to a virtual address of a service that the catalog has.
     fn virtual_answer(&self) -> Option<Answer> {
-        let labels = self.labels()?;
-        let virtually = self.zone.settings.service_answers == ServiceAnswers::Virtual;
-        match grammar::read(&labels, self.query == RecordType::SRV) {
-            Asked::Virtual { service } => {
-                let service = self.zone.service(&service)?;
-                Some(self.virtual_addresses(service))
-            }
-            Asked::Service {
-                service,
-                tag: None,
-                datacenter,
-            }
-            | Asked::Connect {
-                service,
-                datacenter,
-            } if virtually && self.zone.is_here(datacenter.as_deref()) => {
-                let service = self.zone.service(&service)?;
-                Some(self.leads_to_virtual(service))
-            }
-            Asked::Apex
-            | Asked::NameServer
-            | Asked::Branch
-            | Asked::Service { .. }
-            | Asked::Connect { .. }
-            | Asked::Node { .. }
-            | Asked::Address { .. }
-            | Asked::Nothing => None,
-        }
-    }
-
-    /// The labels before the domain, in lower case; `None` if a name of the catalog cannot have them.
-    fn labels(&self) -> Option<Vec<String>> {
-        let count = self.name.num_labels() - self.zone.settings.domain.num_labels();
-        let labels = self.name.iter().take(usize::from(count));
-        labels
-            .map(|label| {
-                let text = str::from_utf8(label).ok()?;
-                let plain = !text.contains('.');
-                plain.then(|| text.to_ascii_lowercase())
-            })
-            .collect()
+        let labels = self.zone.labels(self.name)?;
+        let service = self.zone.virtually(&labels, self.query)?;
+        let service = self.zone.service(&service)?;
+        let is_virtual = labels.last().is_some_and(|kind| kind == "virtual");
+        Some(if self.query == RecordType::SRV && !is_virtual {
+            self.virtual_ports(service)
+        } else {
+            self.virtual_addresses(service)
+        })
     }
 
     fn negative(&self, code: ResponseCode) -> Answer {
@@ -428,7 +445,11 @@ impl Asking<'_> {
         // A tag picks instances, which a virtual address cannot.
         let virtually = self.zone.settings.service_answers == ServiceAnswers::Virtual;
         if virtually && tag.is_none() {
-            return self.leads_to_virtual(service);
+            return if self.query == RecordType::SRV {
+                self.virtual_ports(service)
+            } else {
+                self.virtual_addresses(service)
+            };
         }
         let mut instances: Vec<&Instance> = service
             .instances
@@ -448,14 +469,6 @@ impl Asking<'_> {
             return self.instance_ports(&instances, through);
         }
         self.addresses(instances.iter().map(|instance| instance.tunnel.ip()))
-    }
-
-    fn leads_to_virtual(&self, service: &Service) -> Answer {
-        if self.query == RecordType::SRV {
-            self.virtual_ports(service)
-        } else {
-            self.virtual_addresses(service)
-        }
     }
 
     /// The ports of the virtual addresses: those that answer, or those of the instances if every one does.

@@ -452,6 +452,19 @@ fn in_a_shared_domain_only_what_leads_to_virtual_addresses_is_ours() {
             "{name} {query}"
         );
     }
+    for (name, service) in [
+        ("nope.virtual.consul.", Some("nope")),
+        ("nope.service.consul.", Some("nope")),
+        ("Nope.connect.dc1.consul.", Some("nope")),
+        ("nope.service.dc2.consul.", None),
+        ("v1.nope.service.consul.", None),
+        ("web.service.consul.", None),
+        ("nope.node.consul.", None),
+        ("nope.service.example.", None),
+    ] {
+        let might = zone.might_lead_to(&name.parse().unwrap(), A);
+        assert_eq!(might.as_ref().map(ServiceName::as_str), service, "{name}");
+    }
     // Where services' names lead to instances, they are Consul's.
     let zone = shared(ServiceAnswers::Instances);
     for (name, ours) in [

@@ -14,7 +14,7 @@ use crate::{
     mesh::local,
     node::Node,
     services,
-    wait::{SOON, wait_for_value},
+    wait::{SOON, wait_for, wait_for_value},
 };
 
 /// Service definitions that both read.
@@ -229,8 +229,24 @@ pub(super) fn names_of_consul_go_on(_size: Size) -> Result<Finding> {
         plain.lines.iter().any(|line| line.ends_with("192.0.2.7")),
         "{plain:?}"
     );
+    // Denied, a name leads into the mesh still, and not to the address that Consul knows.
+    mesh.api().intend("*", "web", "deny")?;
+    let is_gone = || mesh.lab.a.service("web").is_err();
+    wait_for("the denial to be known", SOON, is_gone)?;
+    let said = ask(&mesh.lab.a, 53, "web.service.consul A")?;
+    let denied = mesh
+        .shop
+        .curl(&format!("http://{address}:8080/"))
+        .output(SOON)?;
+    ensure!(
+        said.lines
+            .iter()
+            .any(|line| line.ends_with(&address.to_string())),
+        "denied, the name leads to {said:?}"
+    );
+    ensure!(denied.code() == Some(56), "a denied call: {denied:?}");
     let figure = format!(
-        "{} pages by name; {} of {} other names as Consul answers them",
+        "{} pages by name, none once denied; {} of {} other names as Consul answers them",
         names.len(),
         CONSULS.len() - wrong.len(),
         CONSULS.len()

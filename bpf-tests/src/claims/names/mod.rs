@@ -24,7 +24,7 @@ pub const TOPIC: Topic = Topic {
         clients::large_answers_come_whole: "an answer over UDP is no larger than the client takes, and comes whole over TCP";
         clients::nobody_else_gets_an_answer: "who is not allowed to ask gets no answer, and who asks too much gets no more than the limit";
         consul::answers_are_consuls: "for 40 forms of queries, answers are those of Consul 1.8.7, or differ as documented";
-        consul::names_of_consul_go_on: "with Consul, names of mesh services lead into the mesh, and Consul's own DNS answers every other name of its domain";
+        consul::names_of_consul_go_on: "with Consul, names of mesh services lead into the mesh, allowed or not, and Consul's own DNS answers every other name of its domain";
         upstream::other_names_are_answered_as_before: "queries for other names, sent through the agent, get the upstream's answers byte for byte";
         upstream::a_lost_upstream_denies_no_name: "while the upstream is away, other names are answered SERVFAIL and own names as ever";
         load::own_names_are_answered_fast: "20,000 queries of own names per second (5,000 without optimisation) are answered and none is lost; dnsmasq's rate is told beside";

@@ -18,7 +18,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    ConsulSource, ConsulStatus, Message, Shared, SourceSettings, Wanted, chain::Query,
+    ConsulSource, ConsulStatus, Message, Named, Shared, SourceSettings, Wanted, chain::Query,
     services::Endpoints, state::State,
 };
 use crate::{
@@ -74,6 +74,7 @@ pub(super) struct Runner {
     settings: SourceSettings,
     local: watch::Receiver<Option<BTreeSet<ServiceName>>>,
     wanted: mpsc::Receiver<Wanted>,
+    named: mpsc::Receiver<Named>,
     shared: Arc<Shared>,
     state: State,
     /// In the order of their rank.
@@ -100,6 +101,8 @@ pub(super) struct Runner {
     /// Services whose instances all vanished, as it seems, while that is made sure of.
     gone: HashMap<Query, AbortHandle>,
     waiting: Vec<(Query, oneshot::Sender<()>)>,
+    /// Names that are being resolved, until what is known of their services is published.
+    resolving: Vec<Named>,
     choose_at: Option<Instant>,
     chosen_at: Instant,
     publish_at: Option<Instant>,
@@ -115,6 +118,7 @@ impl Runner {
             settings,
             local,
             wanted,
+            named,
             shared,
         } = source;
         let now = Instant::now();
@@ -129,6 +133,7 @@ impl Runner {
             settings,
             local,
             wanted,
+            named,
             shared,
             state,
             queries: Vec::new(),
@@ -149,6 +154,7 @@ impl Runner {
             read_problem: None,
             gone: HashMap::new(),
             waiting: Vec::new(),
+            resolving: Vec::new(),
             choose_at: None,
             chosen_at: now - CHOOSE_EVERY,
             publish_at: None,
@@ -176,6 +182,7 @@ impl Runner {
                 }
                 Some(message) = self.messages.recv() => self.take(message),
                 Some(wanted) = self.wanted.recv() => self.want(wanted),
+                Some(named) = self.named.recv() => self.resolve(named),
                 Ok(()) = self.local.changed() => {
                     self.state.local.clone_from(&self.local.borrow_and_update());
                     self.choose_soon();
@@ -262,6 +269,15 @@ impl Runner {
 
     fn know(&mut self, query: Query, known: Arc<Endpoints>) {
         let is_empty = known.is_empty();
+        if query.is_plain() {
+            let has_nobody = known.list.is_empty();
+            let mut outside = self.shared.outside.lock();
+            if has_nobody {
+                outside.insert(query.service.clone());
+            } else {
+                outside.remove(&query.service);
+            }
+        }
         let before = self.state.know(query, known);
         if before.is_none_or(|before| before.is_empty() != is_empty) {
             self.choose_by(Instant::now() + RANK_EVERY);
@@ -334,6 +350,8 @@ impl Runner {
         }
         self.queries = self.state.queries();
         self.state.retain(&self.queries);
+        let is_chosen = |service: &ServiceName| self.state.is_chosen(service);
+        self.shared.outside.lock().retain(is_chosen);
         self.all = self.queries.iter().cloned().collect();
         self.gone.retain(|query, asking| {
             let is_known = self.all.contains(query);
@@ -432,6 +450,32 @@ impl Runner {
         if let Some(query) = waits_for {
             self.waiting.push((query, fresh));
             self.choose_by(Instant::now());
+        }
+    }
+
+    /// A name is being resolved.
+    fn resolve(&mut self, mut named: Named) {
+        let Some(service) = self.state.spelled(named.service) else {
+            return;
+        };
+        if self.state.name(&service, Instant::now()) {
+            self.choose_soon();
+        }
+        named.service = service;
+        self.resolving.push(named);
+        self.publish_soon();
+    }
+
+    /// Answers those who resolve names of what is published now.
+    fn tell_what_is_known(&mut self) {
+        for named in std::mem::take(&mut self.resolving) {
+            match self.state.endpoints.get(&Query::of(&named.service)) {
+                Some(known) => {
+                    let _nobody_waits_any_more = named.known.send(!known.list.is_empty());
+                }
+                None if named.known.is_closed() => {}
+                None => self.resolving.push(named),
+            }
         }
     }
 
@@ -549,6 +593,7 @@ impl Runner {
             publish(snapshot.clone());
             self.published = Some(snapshot);
         }
+        self.tell_what_is_known();
         let ended = Instant::now();
         self.publish_not_before = ended + PUBLISH_EVERY.max((ended - began) * PUBLISH_SHARE);
     }

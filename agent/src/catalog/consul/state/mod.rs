@@ -6,6 +6,7 @@ mod tests;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
+    time::Duration,
 };
 
 use tokio::time::Instant;
@@ -23,6 +24,12 @@ use crate::{
     identity::LocalDomain,
     policy::Intentions,
 };
+
+/// How long a service stays chosen whose name was resolved.
+const NAMED_FOR: Duration = Duration::from_secs(3600);
+
+/// The most of these.
+const NAMED_MAX: usize = 1024;
 
 /// Intentions, and what answers where none matches.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -52,6 +59,8 @@ pub(super) struct State {
     pub(super) endpoints: HashMap<Query, Arc<Endpoints>>,
     /// When a connection to it was last made.
     pub(super) wanted: HashMap<ServiceName, Instant>,
+    /// Services whose names were resolved, and when; in the mesh or not, they may be called or not.
+    named: HashMap<ServiceName, Instant>,
     /// What was read since [`Self::choose`] may change the choice.
     pub(super) is_outdated: bool,
     /// What is in the snapshot, by [`Self::choose`].
@@ -105,6 +114,7 @@ impl State {
             plans: BTreeMap::new(),
             endpoints: HashMap::new(),
             wanted: HashMap::new(),
+            named: HashMap::new(),
             is_outdated: true,
             chosen: BTreeSet::new(),
             built: BTreeMap::new(),
@@ -113,7 +123,8 @@ impl State {
         }
     }
 
-    /// Chooses the services that concern this node: its own, and those that its own may call. To be called when names,
+    /// Chooses the services that concern this node: its own, those that its own may call, and those whose names were
+    /// resolved. To be called when names,
     /// policy, resolvers or the local services changed.
     pub(super) fn choose(&mut self) {
         self.is_outdated = false;
@@ -147,6 +158,12 @@ impl State {
             None => BTreeSet::new(),
         };
         chosen.extend(local);
+        let is_there = |name: &&ServiceName| {
+            self.names
+                .as_ref()
+                .is_some_and(|names| names.contains(*name))
+        };
+        chosen.extend(self.named.keys().filter(is_there).cloned());
         let resolvers = self.resolvers.as_ref();
         let stale = &mut self.stale;
         self.plans.retain(|name, _| {
@@ -160,6 +177,36 @@ impl State {
             self.stale.add(changed);
         }
         self.chosen = chosen;
+    }
+
+    /// Notes that the name of `service` is being resolved; says whether that changes the choice.
+    pub(super) fn name(&mut self, service: &ServiceName, now: Instant) -> bool {
+        self.named.retain(|_, named_at| now - *named_at < NAMED_FOR);
+        if self.named.len() >= NAMED_MAX && !self.named.contains_key(service) {
+            let oldest = self.named.iter().min_by_key(|(_, named_at)| **named_at);
+            if let Some(oldest) = oldest.map(|(name, _)| name.clone()) {
+                self.named.remove(&oldest);
+            }
+        }
+        self.named.insert(service.clone(), now);
+        !self.chosen.contains(service)
+    }
+
+    /// The service by that name as Consul spells it, since DNS knows no difference; `None` if there is none. As long as
+    /// the names are not read, there may be one.
+    pub(super) fn spelled(&self, name: ServiceName) -> Option<ServiceName> {
+        let Some(names) = &self.names else {
+            return Some(name);
+        };
+        if names.contains(&name) || self.chosen.contains(&name) {
+            return Some(name);
+        }
+        let is_same = |known: &&ServiceName| known.as_str().eq_ignore_ascii_case(name.as_str());
+        names.iter().find(is_same).cloned()
+    }
+
+    pub(super) fn is_chosen(&self, service: &ServiceName) -> bool {
+        self.chosen.contains(service)
     }
 
     /// What holds for all services changed.

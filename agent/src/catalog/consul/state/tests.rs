@@ -107,6 +107,31 @@ fn only_what_concerns_this_node_is_read() {
 }
 
 #[test]
+fn services_whose_names_were_resolved_are_chosen_for_an_hour() {
+    let mut state = state();
+    let start = Instant::now();
+    let at = |seconds| start + Duration::from_secs(seconds);
+    assert!(state.name(&name("api"), at(0)));
+    assert!(!state.name(&name("db"), at(0)), "chosen anyway");
+    state.name(&name("nobody"), at(0));
+    state.choose();
+    assert!(state.is_chosen(&name("api")));
+    assert!(!state.is_chosen(&name("nobody")), "Consul has none");
+
+    state.name(&name("consul"), at(4000));
+    state.choose();
+    assert!(!state.is_chosen(&name("api")));
+    assert!(state.is_chosen(&name("consul")));
+
+    for n in 0..NAMED_MAX {
+        state.name(&name(&format!("s{n}")), at(4001));
+    }
+    state.choose();
+    assert!(!state.is_chosen(&name("consul")), "the oldest makes room");
+    assert_eq!(state.named.len(), NAMED_MAX);
+}
+
+#[test]
 fn a_catalog_is_whole_when_everything_was_read() {
     let mut state = state();
     assert_eq!(shown(&mut state), (false, vec![]));
