@@ -4,12 +4,21 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+/// How long Consul may wait on an index that it has not confirmed.
+const CONFIRM_WAIT: Duration = Duration::from_secs(1);
+
+/// How far an index may be ahead of the one before without a doubt. A farther one costs a request more; one that is wrong
+/// by less is soon reached by what Consul writes.
+const LEAP_MAX: u64 = 10_000;
+
 /// What the next request names, so that Consul waits for a change before it answers.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Position {
     /// Nothing: Consul answers at once.
     #[default]
     Unknown,
+    /// As [`Self::Index`], but said only once: Consul may never have come that far, and then changes nothing for us.
+    Unconfirmed(u64),
     /// Consul answers when its index is higher.
     Index(u64),
     /// Consul's agent answers when what it has hashes to something else.
@@ -21,14 +30,41 @@ impl Position {
     /// see [`Self::after_failure`].
     ///
     /// An index that is lower than before is of another Consul, or of one that was restored: begin again. 0 would not
-    /// wait and is taken as 1. Source: Consul's "Blocking queries", implementation details.
+    /// wait and is taken as 1. Source: Consul's "Blocking queries", implementation details. The first index, and one that
+    /// is far from the one before, is to be confirmed: Consul answers a query that nothing ended with the index that it has.
     #[must_use]
     pub fn after_answer(&self, index: Option<u64>, hash: Option<&str>) -> Self {
-        match (self, index, hash) {
-            (Self::Index(before), Some(index), _) if index.max(1) < *before => Self::Unknown,
-            (_, Some(index), _) => Self::Index(index.max(1)),
-            (_, None, Some(hash)) => Self::Hash(hash.to_owned()),
-            (_, None, None) => Self::Unknown,
+        let Some(index) = index.map(|index| index.max(1)) else {
+            return hash.map_or(Self::Unknown, |hash| Self::Hash(hash.to_owned()));
+        };
+        match self.index() {
+            Some(before) if index < before => Self::Unknown,
+            Some(before) if index - before <= LEAP_MAX => Self::Index(index),
+            Some(_) | None => Self::Unconfirmed(index),
+        }
+    }
+
+    /// The index to wait on.
+    pub fn index(&self) -> Option<u64> {
+        match self {
+            Self::Unconfirmed(index) | Self::Index(index) => Some(*index),
+            Self::Unknown | Self::Hash(_) => None,
+        }
+    }
+
+    /// How long Consul may wait for a change, where it may not for longer than `longest`.
+    pub fn wait(&self, longest: Duration) -> Duration {
+        match self {
+            Self::Unconfirmed(_) => longest.min(CONFIRM_WAIT),
+            Self::Unknown | Self::Index(_) | Self::Hash(_) => longest,
+        }
+    }
+
+    /// Whether nothing has changed for Consul since `before`.
+    pub fn is_same_state(&self, before: &Self) -> bool {
+        match self.index() {
+            Some(index) => before.index() == Some(index),
+            None => self == before,
         }
     }
 
@@ -125,16 +161,20 @@ mod tests {
 
     #[test]
     fn the_next_index_follows_consuls_rules() {
-        use Position::{Hash, Index, Unknown};
+        use Position::{Hash, Index, Unconfirmed, Unknown};
         let table = [
             // before, header, expected
-            (Unknown, Some(23), Index(23)),
+            (Unknown, Some(23), Unconfirmed(23)),
+            (Unconfirmed(23), Some(23), Index(23)),
+            (Unconfirmed(23), Some(24), Index(24)),
+            (Unconfirmed(999_999), Some(23), Unknown),
+            (Index(23), Some(999_999), Unconfirmed(999_999)),
             (Index(23), Some(23), Index(23)),
             (Index(23), Some(24), Index(24)),
             (Index(23), Some(22), Unknown),
             (Index(999_999), Some(23), Unknown),
             (Index(1), Some(0), Index(1)),
-            (Unknown, Some(0), Index(1)),
+            (Unknown, Some(0), Unconfirmed(1)),
             (Index(23), Some(0), Unknown),
             (Index(23), None, Unknown),
             (Unknown, None, Unknown),
@@ -150,7 +190,7 @@ mod tests {
             Unknown.after_answer(None, Some("6d09")),
             Hash("6d09".into())
         );
-        assert_eq!(Unknown.after_answer(Some(5), Some("6d09")), Index(5));
+        assert_eq!(Unknown.after_answer(Some(5), Some("6d09")), Unconfirmed(5));
     }
 
     proptest! {
@@ -162,8 +202,10 @@ mod tests {
             for header in indexes {
                 position = position.after_answer(header, None);
                 match (&position, header) {
-                    (Position::Index(next), Some(header)) => prop_assert_eq!(*next, header.max(1)),
-                    (Position::Index(_), None) => prop_assert!(false, "an index from nowhere"),
+                    (Position::Index(next) | Position::Unconfirmed(next), Some(header)) => {
+                        prop_assert_eq!(*next, header.max(1));
+                    }
+                    (Position::Index(_) | Position::Unconfirmed(_), None) => prop_assert!(false, "an index from nowhere"),
                     (Position::Unknown | Position::Hash(_), _) => {}
                 }
             }

@@ -134,9 +134,37 @@ async fn an_error_with_an_index_is_asked_again_without_one() {
         script.asked(),
         [
             "GET /v1/x?stale= HTTP/1.1",
-            "GET /v1/x?wait=300000ms&index=7&stale= HTTP/1.1",
+            "GET /v1/x?wait=1000ms&index=7&stale= HTTP/1.1",
             "GET /v1/x?stale= HTTP/1.1",
-            "GET /v1/x?wait=300000ms&index=7&stale= HTTP/1.1",
+            "GET /v1/x?wait=1000ms&index=7&stale= HTTP/1.1",
+        ]
+    );
+}
+
+#[tokio::test]
+async fn an_index_far_ahead_is_not_waited_on_before_it_is_confirmed() {
+    let script = Script::new(&[
+        &ok(7, "[1]"),
+        &ok(8, "[1,2]"),
+        &ok(999_999_999, "[1]"),
+        // What a query that ran out is answered with: the index that Consul has.
+        &ok(9, "[1]"),
+        &ok(10, "[]"),
+        &ok(10, "[]"),
+    ]);
+    let mut watch = script.watch();
+    assert_eq!(changed(watch.next().await).0, [1]);
+    assert_eq!(changed(watch.next().await).0, [1, 2]);
+    assert_eq!(changed(watch.next().await).0, [1]);
+    assert_eq!(changed(watch.next().await).0, [0_u32; 0]);
+    assert_eq!(
+        script.asked(),
+        [
+            "GET /v1/x?stale= HTTP/1.1",
+            "GET /v1/x?wait=1000ms&index=7&stale= HTTP/1.1",
+            "GET /v1/x?wait=300000ms&index=8&stale= HTTP/1.1",
+            "GET /v1/x?wait=1000ms&index=999999999&stale= HTTP/1.1",
+            "GET /v1/x?stale= HTTP/1.1",
         ]
     );
 }

@@ -152,12 +152,13 @@ impl<T: DeserializeOwned + PartialEq + Content> Watch<T> {
 
     fn next_request(&self) -> Request {
         let request = self.request.clone();
+        let wait = self.position.wait(self.settings.wait);
         let request = match &self.position {
             Position::Unknown => request,
-            Position::Index(index) => request
-                .waiting(self.settings.wait)
-                .with("index", index.to_string()),
-            Position::Hash(hash) => request.waiting(self.settings.wait).with("hash", hash),
+            Position::Unconfirmed(index) | Position::Index(index) => {
+                request.waiting(wait).with("index", index.to_string())
+            }
+            Position::Hash(hash) => request.waiting(wait).with("hash", hash),
         };
         if self.settings.stale && !self.from_leader {
             request.with("stale", "")
@@ -205,8 +206,9 @@ impl<T: DeserializeOwned + PartialEq + Content> Watch<T> {
         self.from_leader = false;
         let hash = answer.content_hash.as_deref();
         let next = self.position.after_answer(answer.index, hash);
-        let is_early = now.saturating_duration_since(self.asked_at) < self.settings.wait;
-        self.position = if waited && is_early && next == self.position {
+        let wait = self.position.wait(self.settings.wait);
+        let is_early = now.saturating_duration_since(self.asked_at) < wait;
+        self.position = if waited && is_early && next.is_same_state(&self.position) {
             // Consul has thrown away the state that it waited on, and answered with it: it restored a snapshot. What is
             // there now may have a lower index, so the next request does not wait.
             Position::Unknown
