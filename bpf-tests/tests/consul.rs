@@ -28,6 +28,9 @@ test_claims! {
     a_killed_leader_costs_no_connection
     a_lost_token_takes_nothing_away
     a_restored_snapshot_is_followed
+    an_index_of_the_future_does_no_harm
+    an_error_with_an_index_does_no_harm
+    a_lying_answer_takes_nothing_away
     an_endpoint_change_is_followed_at_once
     swapped_virtual_addresses_lead_to_their_new_owners
     a_large_datacenter_is_carried

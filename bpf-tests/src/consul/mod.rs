@@ -16,6 +16,7 @@
 
 mod agent;
 mod api;
+mod faults;
 mod mesh;
 mod proxy;
 
@@ -31,6 +32,7 @@ use self::agent::{Door, READY};
 pub use self::{
     agent::Agent,
     api::{Answer, Api, Leaf, Tls},
+    faults::{Canned, Fault, Faults, Rule},
     mesh::{ConsulMesh, policy},
     proxy::{BuiltInProxy, sidecar_for},
 };

@@ -58,7 +58,7 @@ pub(super) fn an_endpoint_change_is_followed_at_once(size: Size) -> Result<Findi
 
 /// Makes `stays` healthy and `gone` critical. Returns how many milliseconds after Consul's answer the last connection
 /// reached `gone`.
-fn switch(mesh: &ConsulMesh, pair: IpAddr, gone: &str, stays: &str) -> Result<u64> {
+pub(super) fn switch(mesh: &ConsulMesh, pair: IpAddr, gone: &str, stays: &str) -> Result<u64> {
     let b = mesh.consul.b().api();
     b.put(&format!("agent/check/pass/service:{stays}"), &Value::Null)?;
     until_healthy(mesh.api(), &[gone, stays])?;

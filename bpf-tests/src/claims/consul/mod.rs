@@ -6,6 +6,7 @@ mod shapes;
 mod intentions;
 mod roots;
 mod outage;
+mod faults;
 mod changes;
 mod migration;
 mod scale;
@@ -49,6 +50,9 @@ pub const TOPIC: Topic = Topic {
         outage::a_killed_leader_costs_no_connection: "while Consul's leader is killed and another elected, no connection fails, and the next change is followed";
         outage::a_lost_token_takes_nothing_away: "a token that loses its rights takes no endpoint away and is reported; with them back, changes are followed";
         outage::a_restored_snapshot_is_followed: "indexes that go back, as after a restored snapshot, are followed";
+        faults::an_index_of_the_future_does_no_harm: "an answer with an index that Consul never reaches keeps no change away for more than 3 s";
+        faults::an_error_with_an_index_does_no_harm: "errors with an index take nothing away and cause no storm of requests";
+        faults::a_lying_answer_takes_nothing_away: "empty answers of lost rights, garbage, cut and stalled answers take nothing away, are reported, and the truth is followed";
         changes::an_endpoint_change_is_followed_at_once: "a change of endpoints reaches new connections within 200 ms of Consul's answer";
         changes::swapped_virtual_addresses_lead_to_their_new_owners: "two services that swap their virtual addresses: live connections end, new ones reach the new owner";
         scale::a_large_datacenter_is_carried: "5,000 services with 20,000 instances are carried by a small agent";

@@ -31,7 +31,7 @@ fn under_load(purpose: &str, size: Size) -> Result<(ConsulMesh, Storm)> {
 }
 
 /// Changes what `guest` may do until both nodes follow. Returns how long that took.
-fn until_followed(mesh: &ConsulMesh, action: &str) -> Result<Duration> {
+pub(super) fn until_followed(mesh: &ConsulMesh, action: &str) -> Result<Duration> {
     // Consul itself may need a moment to be well.
     wait_for_value("Consul to take an intention", FOLLOWED, || {
         Ok(mesh.api().intend("guest", "names", action).ok())

@@ -22,7 +22,7 @@ const RENEWED: Duration = Duration::from_secs(90);
 
 /// What tells a certificate from the one after it. The end alone does not: it has whole seconds, and Consul may renew
 /// within the one in which it issued.
-type Certificate = [String; 3];
+pub(super) type Certificate = [String; 3];
 
 /// Waits until none of the certificates `before` is in use on `node`.
 fn until_renewed(node: &Node, before: &[Certificate]) -> Result<()> {
@@ -35,7 +35,7 @@ fn until_renewed(node: &Node, before: &[Certificate]) -> Result<()> {
 }
 
 /// Identity, end and issuer of each.
-fn certificates(node: &Node) -> Result<Vec<Certificate>> {
+pub(super) fn certificates(node: &Node) -> Result<Vec<Certificate>> {
     let status = node.status()?;
     let all = status.get("certificates").and_then(Value::as_array);
     let of = |certificate: &Value| {
