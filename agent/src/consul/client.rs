@@ -14,7 +14,8 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use super::{ClientSettings, ConsulAddress, ConsulError, connection::Connections};
 
-/// From the request to the last byte of the answer, beside the time that a blocking query may wait.
+/// From the request to the head of the answer, beside the time that a blocking query may wait; and from there to its last
+/// byte.
 const TIMEOUT: Duration = Duration::from_secs(15);
 /// The largest answer: a service with 20,000 instances at 2 KiB each, with room to spare.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
@@ -274,11 +275,7 @@ impl Client {
         let exchange = self.exchange(method, request, body);
         let (parts, body) = tokio::time::timeout(limit, exchange)
             .await
-            .map_err(|_elapsed| ConsulError::Timeout {
-                request: format!("{method} {request}"),
-                address: self.inner.settings.address.clone(),
-                limit,
-            })??;
+            .map_err(|_elapsed| self.too_late(method, request, limit))??;
         if parts.status.as_u16() == 200 {
             return Ok(Answer::new(&parts.headers, body));
         }
@@ -346,7 +343,11 @@ impl Client {
         response: hyper::Response<hyper::body::Incoming>,
     ) -> Result<(Parts, Bytes), ConsulError> {
         let (parts, body) = response.into_parts();
-        let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await;
+        // The wait for a change is over.
+        let body = Limited::new(body, ANSWER_BYTES_MAX).collect();
+        let body = tokio::time::timeout(TIMEOUT, body)
+            .await
+            .map_err(|_elapsed| self.too_late(method, request, TIMEOUT))?;
         match body {
             Ok(body) => Ok((parts, body.to_bytes())),
             Err(source) => Err(ConsulError::Body {
@@ -395,6 +396,14 @@ impl Client {
             request: format!("{method} {request}"),
             address: self.inner.settings.address.clone(),
             source: Box::new(source),
+        }
+    }
+
+    fn too_late(&self, method: &Method, request: &Request, limit: Duration) -> ConsulError {
+        ConsulError::Timeout {
+            request: format!("{method} {request}"),
+            address: self.inner.settings.address.clone(),
+            limit,
         }
     }
 

@@ -220,6 +220,21 @@ async fn errors_say_what_was_tried_where_and_what_to_do() {
     assert!(matches!(error, ConsulError::Connect { .. }), "{error}");
 }
 
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_stalls_is_not_waited_for_as_a_change_is() {
+    let stalled = "HTTP/1.1 200 OK\r\nX-Consul-Index: 9\r\nContent-Length: 200\r\n\r\n[1,";
+    let script = Script::new(&[&ok(7, "[1]"), &ok(8, "[2]"), stalled]);
+    let mut watch = script.watch();
+    changed(watch.next().await);
+    changed(watch.next().await);
+    let asked_at = tokio::time::Instant::now();
+    let Event::Failed(error) = watch.next().await else {
+        panic!("half an answer was taken");
+    };
+    assert!(matches!(error, ConsulError::Timeout { .. }), "{error}");
+    assert!(asked_at.elapsed() < Duration::from_secs(60));
+}
+
 fn health(name: &str) -> Request {
     Request::to(&["v1", "health", "connect", name])
 }
