@@ -33,5 +33,6 @@ test_claims! {
     a_lying_answer_takes_nothing_away
     an_endpoint_change_is_followed_at_once
     swapped_virtual_addresses_lead_to_their_new_owners
+    an_upgrade_is_not_seen_in_consul
     a_large_datacenter_is_carried
 }

@@ -8,6 +8,7 @@ mod roots;
 mod outage;
 mod faults;
 mod changes;
+mod upgrade;
 mod migration;
 mod scale;
 
@@ -55,6 +56,7 @@ pub const TOPIC: Topic = Topic {
         faults::a_lying_answer_takes_nothing_away: "empty answers of lost rights, garbage, cut and stalled answers take nothing away, are reported, and the truth is followed";
         changes::an_endpoint_change_is_followed_at_once: "a change of endpoints reaches new connections within 200 ms of Consul's answer";
         changes::swapped_virtual_addresses_lead_to_their_new_owners: "two services that swap their virtual addresses: live connections end, new ones reach the new owner";
+        upgrade::an_upgrade_is_not_seen_in_consul: "`sidestep upgrade` under load: no connection fails, registrations stay and pass all the time, certificates go on";
         scale::a_large_datacenter_is_carried: "5,000 services with 20,000 instances are carried by a small agent";
     },
 };

@@ -7,7 +7,7 @@ mod effective;
 mod expiry;
 mod foreign;
 mod full;
-mod replaced;
+pub(super) mod replaced;
 mod strangers;
 pub(super) mod web;
 mod wire;

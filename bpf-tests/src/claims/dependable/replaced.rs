@@ -45,7 +45,7 @@ pub(super) fn many_services(purpose: &str) -> Result<Mesh> {
     Ok(mesh)
 }
 
-pub(super) fn upgrade(node: &Node) -> Result<String> {
+pub(in crate::claims) fn upgrade(node: &Node) -> Result<String> {
     let output = node
         .sidestep(&["upgrade"])?
         .output(Duration::from_mins(1))?;
