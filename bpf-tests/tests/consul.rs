@@ -11,6 +11,8 @@ test_claims! {
     TOPIC:
     services_in_consul_are_called
     the_least_policy_is_enough
+    every_form_of_address_is_taken
+    a_token_for_one_service_is_enough_for_it
     a_built_in_proxy_calls_us
     we_call_a_built_in_proxy
     envoy_calls_us

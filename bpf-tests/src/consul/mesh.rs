@@ -4,7 +4,7 @@ use std::{
     fmt::Write as _,
     fs,
     net::{IpAddr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, Result};
@@ -28,8 +28,21 @@ const PAGE: &str = include_str!("../../../docs/consul.md");
 /// # Errors
 /// If the page has no such section.
 pub fn policy() -> Result<&'static str> {
+    documented(0)
+}
+
+/// The same for a node with the service `web` and no other.
+///
+/// # Errors
+/// If the page has no such section.
+pub fn narrow_policy() -> Result<&'static str> {
+    documented(1)
+}
+
+/// The policies of the page, in their order.
+fn documented(number: usize) -> Result<&'static str> {
     let section = PAGE.split("\n## The token\n").nth(1);
-    let block = section.and_then(|section| section.split("```text\n").nth(1));
+    let block = section.and_then(|section| section.split("```text\n").nth(number + 1));
     let rules = block.and_then(|block| block.split("```").next());
     rules.context("docs/consul.md has no policy")
 }
@@ -93,6 +106,32 @@ impl ConsulMesh {
             api.register(&json!({ "ID": name, "Name": name, "Port": port }))?;
         }
         Ok(mesh)
+    }
+
+    /// Makes the agent of node b the owner of a token with `rules`, in [`Consul::cluster`] and before it starts. Returns
+    /// node b's API as that owner.
+    ///
+    /// # Errors
+    /// If Consul refuses.
+    pub fn use_token_on_b(&mut self, name: &str, rules: &str) -> Result<Api> {
+        let file = token_file(&self.lab, &self.consul, name, rules)?;
+        let access = access_with(&self.consul, &file)?;
+        self.lab.b.use_consul(&access);
+        let token = fs::read_to_string(&file)?;
+        Ok(self.consul.b().api().clone().with_token(&token))
+    }
+
+    /// Makes the agent of node a reach its Consul by a Unix socket, in [`Consul::cluster`] and before it starts.
+    ///
+    /// # Errors
+    /// If there is no token for it.
+    pub fn use_socket_on_a(&mut self) -> Result<()> {
+        let file = token_file(&self.lab, &self.consul, "socket", policy()?)?;
+        let socket = Consul::socket(&self.lab.a);
+        let (socket, file) = (socket.display(), file.display());
+        let access = format!("address = \"unix://{socket}\"\ntoken_file = \"{file}\"");
+        self.lab.a.use_consul(&access);
+        Ok(())
     }
 
     /// The API of node a's agent, with every right.
@@ -220,10 +259,31 @@ impl ConsulMesh {
 
 /// The table `[consul]` of both nodes.
 fn access(lab: &Lab, consul: &Consul) -> Result<String> {
-    let Some(tls) = consul.tls() else {
+    if consul.tls().is_none() {
         return Ok(format!("address = \"{HTTP}\""));
-    };
-    let token = consul.a().api().token("sidestep", policy()?, &[])?;
+    }
+    access_with(consul, &token_file(lab, consul, "sidestep", policy()?)?)
+}
+
+/// The same, over HTTPS and with the token in `file`.
+fn access_with(consul: &Consul, file: &Path) -> Result<String> {
+    let tls = consul.tls().context("a Consul without ACLs")?;
+    let mut access = format!("address = \"{HTTPS}\"\n");
+    let files = [
+        ("token_file", file),
+        ("ca_file", &*tls.ca),
+        ("certificate_file", &*tls.certificate),
+        ("key_file", &*tls.key),
+    ];
+    for (key, file) in files {
+        writeln!(access, "{key} = \"{}\"", file.display())?;
+    }
+    Ok(access)
+}
+
+/// A file with a token that counts already, for a policy `name` with `rules`.
+fn token_file(lab: &Lab, consul: &Consul, name: &str, rules: &str) -> Result<PathBuf> {
+    let token = consul.a().api().token(name, rules, &[])?;
     for agent in [consul.a(), consul.b()] {
         let api = agent.api().clone().with_token(&token);
         // A server that has not heard of it yet says that there is no such token.
@@ -231,17 +291,7 @@ fn access(lab: &Lab, consul: &Consul) -> Result<String> {
             Ok(api.get("agent/self").ok())
         })?;
     }
-    let file = lab.scratch().directory().join("consul-token");
+    let file = lab.scratch().directory().join(format!("token-{name}"));
     fs::write(&file, token).with_context(|| format!("writing {}", file.display()))?;
-    let mut access = format!("address = \"{HTTPS}\"\n");
-    let files = [
-        ("token_file", &file),
-        ("ca_file", &tls.ca),
-        ("certificate_file", &tls.certificate),
-        ("key_file", &tls.key),
-    ];
-    for (key, file) in files {
-        writeln!(access, "{key} = \"{}\"", file.display())?;
-    }
-    Ok(access)
+    Ok(file)
 }

@@ -33,7 +33,7 @@ pub use self::{
     agent::Agent,
     api::{Answer, Api, Leaf, Tls},
     faults::{Canned, Fault, Faults, Rule},
-    mesh::{ConsulMesh, policy},
+    mesh::{ConsulMesh, narrow_policy, policy},
     proxy::{BuiltInProxy, sidecar_for},
 };
 use crate::{
@@ -100,7 +100,7 @@ impl Consul {
     }
 
     /// Three servers and a client agent on each node: HTTPS with certificates on both sides, ACLs that deny what they do
-    /// not allow. What [`Consul::a`] and the others' APIs do they do with every right.
+    /// not allow. The clients serve their API at [`Consul::socket`], too. What [`Consul::a`] and the others' APIs do they do with every right.
     ///
     /// # Errors
     /// If they do not start; with what they said.
@@ -129,7 +129,11 @@ impl Consul {
             )?);
         }
         for node in [&lab.a, &lab.b] {
-            let configuration = cluster_configuration(&tls, "client", node.address(), &servers);
+            let mut configuration = cluster_configuration(&tls, "client", node.address(), &servers);
+            let socket = format!("unix://{}", Self::socket(node).display());
+            configuration["addresses"] = json!({ "http": socket });
+            // There is no such listener for it without a port.
+            configuration["ports"]["http"] = 8_500.into();
             let door = door(HTTPS, &tls);
             agents.push(Agent::new(node, node.name(), &[], &configuration, &door)?);
         }
@@ -140,6 +144,11 @@ impl Consul {
             tls: Some(tls),
         };
         consul.start()
+    }
+
+    /// Where a node's client agent has its API as a Unix socket, in [`Consul::cluster`].
+    pub fn socket(node: &Node) -> PathBuf {
+        node.directory().join("consul.sock")
     }
 
     fn start(mut self) -> Result<Self> {

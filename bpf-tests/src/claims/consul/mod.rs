@@ -1,6 +1,7 @@
 //! Services that exist only in Consul, and peers that know nothing of Sidestep.
 
 mod calls;
+mod access;
 mod peers;
 mod shapes;
 mod intentions;
@@ -34,6 +35,8 @@ pub const TOPIC: Topic = Topic {
     claims: claims! {
         calls::services_in_consul_are_called: "psql, redis-cli and curl reach services that exist only in Consul, and no file names anything but Consul's address";
         calls::the_least_policy_is_enough: "with TLS and ACLs that deny what they do not allow, the documented policy is enough";
+        access::every_form_of_address_is_taken: "an agent reaches Consul by a Unix socket, or by HTTPS where Consul asks for a certificate, with a token from a file";
+        access::a_token_for_one_service_is_enough_for_it: "with the documented policy for one service, that one is called and calls, and nobody else's certificate is to be had";
         peers::a_built_in_proxy_calls_us: "Consul's built-in proxy reaches a service on a node with Sidestep";
         peers::we_call_a_built_in_proxy: "a service behind Consul's built-in proxy is reached from a node with Sidestep";
         peers::envoy_calls_us: "Envoy, which dials TLS 1.2 with a server name and no ALPN, reaches a service on a node with Sidestep";
