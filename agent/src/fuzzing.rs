@@ -392,7 +392,7 @@ pub fn cgroup_path(bytes: &[u8]) {
         uid: 1000,
         ..Origin::default()
     });
-    let service = resolver.resolve(&caller).map(|name| name.to_string());
+    let service = resolver.resolve(&caller.maker).map(|name| name.to_string());
 
     let names: Vec<&[u8]> = bytes
         .split(|byte| *byte == b'/')

@@ -229,10 +229,10 @@ impl Bench {
     fn assert_captured(&self, destination: &str) {
         let captured = self.captured();
         assert_eq!(captured.destination, destination.parse().unwrap());
-        assert_eq!(captured.cgroup, id(&self.workload));
+        assert_eq!(captured.maker.cgroup, id(&self.workload));
         let netns = Netns::open(self.namespace.path()).unwrap();
-        assert_eq!(captured.netns, netns.cookie().unwrap());
-        assert_eq!(captured.uid, 0);
+        assert_eq!(captured.maker.netns, netns.cookie().unwrap());
+        assert_eq!(captured.maker.uid, 0);
     }
 
     fn assert_nothing_more_captured(&self) {

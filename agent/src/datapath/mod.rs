@@ -30,7 +30,7 @@ pub use events::{Refused, RefusedEvents};
 pub use heartbeat::HEARTBEAT_PERIOD;
 pub use sidestep_abi::{FlowEvent, Verdict};
 pub use types::{
-    Attachment, Captured, CgroupId, DatapathSettings, NetnsCookie, Reconciled, ServiceId,
+    Attachment, Captured, CgroupId, DatapathSettings, Maker, NetnsCookie, Reconciled, ServiceId,
     Undesired, VipRanges, VipTarget, VipTargets,
 };
 

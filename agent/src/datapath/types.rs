@@ -47,16 +47,23 @@ pub struct Captured {
     pub destination: SocketAddr,
     /// Whose address that was at the time.
     pub service: ServiceId,
-    /// Cgroup of the process that called `connect()`.
+    /// Who called `connect()`.
+    pub maker: Maker,
+    /// The kernel's id of the application's socket.
+    pub socket_cookie: u64,
+}
+
+/// Who made a connection, as far as the kernel knows it of itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Maker {
+    /// Cgroup of the process.
     pub cgroup: CgroupId,
     /// Network namespace of its socket.
     pub netns: NetnsCookie,
     /// Its user id, in the initial user namespace.
     pub uid: u32,
-    /// Its process id, in the initial pid namespace.
+    /// Its process id, in the initial pid namespace; 0 where the kernel does not say.
     pub process: u32,
-    /// The kernel's id of the application's socket.
-    pub socket_cookie: u64,
 }
 
 impl From<Origin> for Captured {
@@ -64,10 +71,12 @@ impl From<Origin> for Captured {
         Self {
             destination: socket_address(&origin.destination, origin.destination_port),
             service: ServiceId(origin.service),
-            cgroup: CgroupId(origin.cgroup),
-            netns: NetnsCookie(origin.netns),
-            uid: origin.uid,
-            process: origin.process,
+            maker: Maker {
+                cgroup: CgroupId(origin.cgroup),
+                netns: NetnsCookie(origin.netns),
+                uid: origin.uid,
+                process: origin.process,
+            },
             socket_cookie: origin.socket_cookie,
         }
     }

@@ -1,6 +1,6 @@
 //! Who a process is, and how it proves it: workloads, SPIFFE ids, certificates.
 //!
-//! A captured connection comes in as a [`crate::datapath::Captured`]; [`workload`] says which service
+//! Who made a connection comes in as a [`crate::datapath::Maker`]; [`workload`] says which service
 //! made it, [`spiffe`] names that service, [`certificates`] holds the certificate that proves the name
 //! (issued by a [`provider`], today the built-in [`ca`]) and [`workload_tls`] is that certificate ready for
 //! use by [`crate::tunnel`]. [`verify`] checks the other side. Nothing here opens a connection.

@@ -20,7 +20,7 @@ use crate::{
     accept::accept_all,
     catalog::{consul::ConsulHandle, model::ServiceName, store::CatalogStore},
     connections::Connections,
-    datapath::{Backend, Captured},
+    datapath::{Backend, Captured, Maker},
     health,
     identity::{certificates::Certificates, workload::WorkloadResolver},
     lifecycle::Shutdown,
@@ -79,13 +79,29 @@ pub struct OutboundSettings {
     pub ejection: Ejection,
 }
 
+/// Who connected, and for what.
+#[derive(Debug)]
+struct Asked<'a> {
+    maker: Maker,
+    /// Where the maker connected to.
+    address: SocketAddr,
+    wanted: Wanted<'a>,
+}
+
 /// What says which service is called.
 #[derive(Debug, Clone, Copy)]
 enum Wanted<'a> {
     /// The virtual address that was connected to.
-    Captured,
+    Captured(Captured),
     /// The explicit upstream whose listener took the connection.
     Service(&'a ServiceName),
+}
+
+impl Asked<'_> {
+    /// Whether it is the agent itself, who looks if connects are captured.
+    fn is_probe(&self) -> bool {
+        matches!(&self.wanted, Wanted::Captured(captured) if health::is_probe(captured))
+    }
 }
 
 /// Why a connection was cut that outlived `limits.drain_timeout`.
@@ -123,22 +139,19 @@ impl Outbound {
         upstream: Option<&Upstream>,
     ) {
         let mut record = ConnectionRecord::begin(&self.telemetry, Direction::Outbound);
-        let (captured, wanted) = match upstream {
-            None => (self.capture(&downstream, peer), Wanted::Captured),
-            Some(upstream) => {
-                let captured = upstream.capture(&downstream, peer);
-                (captured, Wanted::Service(&upstream.service))
-            }
+        let asked = match upstream {
+            None => self.capture(&downstream, peer),
+            Some(upstream) => upstream.asked(&downstream, peer),
         };
-        let outcome = match captured {
-            Ok(captured) if health::is_probe(&captured) => {
+        let outcome = match asked {
+            Ok(asked) if asked.is_probe() => {
                 record.discard();
                 return health::answer(&mut downstream).await;
             }
-            Ok(captured) => tokio::select! {
+            Ok(asked) => tokio::select! {
                 biased;
                 () = self.shutdown.forced() => Outcome::Cut(DRAINED.to_owned()),
-                outcome = self.carry_captured(&mut downstream, &captured, wanted, &mut record) => outcome,
+                outcome = self.carry_asked(&mut downstream, &asked, &mut record) => outcome,
             },
             Err(outcome) => outcome,
         };
@@ -148,25 +161,25 @@ impl Outbound {
         record.finish(outcome);
     }
 
-    async fn carry_captured(
+    async fn carry_asked(
         &self,
         downstream: &mut TcpStream,
-        captured: &Captured,
-        wanted: Wanted<'_>,
+        asked: &Asked<'_>,
         record: &mut ConnectionRecord,
     ) -> Outcome {
         // Killed from here on, the agent leaves the application a reset and not an answer that seems empty.
         downstream.reset_on_close(true);
         let settings = **self.settings.load();
-        record.original_destination(captured.destination);
+        record.original_destination(asked.address);
         record.enter(Stage::Identity);
-        let caller = match self.identify(captured).await {
+        let caller = match self.identify(&asked.maker).await {
             Ok(caller) => caller,
             Err(outcome) => return outcome,
         };
         record.source(&caller.identity, &caller.identity.service);
         record.enter(Stage::Route);
-        let callee = match self.destination(captured, wanted).await {
+        let wanted = &asked.wanted;
+        let callee = match self.destination(wanted).await {
             Ok(callee) => callee,
             Err(outcome) => return self.denied(&caller, wanted, record).unwrap_or(outcome),
         };
@@ -181,7 +194,7 @@ impl Outbound {
             callee.service.name.clone(),
             Arc::clone(&counts),
         );
-        if matches!(wanted, Wanted::Captured) {
+        if let Wanted::Captured(captured) = wanted {
             live.connection.called_at(captured.destination);
             // Whoever moves the address from now on finds the connection; one who did so just now did not.
             if let Some(reason) = live.connection.lost_address(&self.catalog.current()) {

@@ -4,13 +4,13 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::net::TcpStream;
 
-use super::{Outbound, OutboundSettings, Wanted, balance::Choice};
+use super::{Asked, Outbound, OutboundSettings, Wanted, balance::Choice};
 use crate::{
     catalog::{
         model::{Instance, IntentionAction, Service, ServiceName},
         store::{Catalog, id_of},
     },
-    datapath::Captured,
+    datapath::Maker,
     identity::{LocalDomain, spiffe::SpiffeId, workload_tls::WorkloadTls},
     telemetry::{
         log::chain,
@@ -55,7 +55,7 @@ impl Outbound {
         &self,
         downstream: &TcpStream,
         client: SocketAddr,
-    ) -> Result<Captured, Outcome> {
+    ) -> Result<Asked<'static>, Outcome> {
         use std::os::fd::AsFd as _;
         let failed = |side, error| Outcome::Failed {
             stage: Stage::Capture,
@@ -63,7 +63,11 @@ impl Outbound {
             error,
         };
         match self.datapath.captured(downstream.as_fd()) {
-            Ok(Some(captured)) => Ok(captured),
+            Ok(Some(captured)) => Ok(Asked {
+                maker: captured.maker,
+                address: captured.destination,
+                wanted: Wanted::Captured(captured),
+            }),
             Ok(None) => {
                 self.telemetry.metrics().uncaptured();
                 let error = format!(
@@ -83,13 +87,13 @@ impl Outbound {
     }
 
     /// Step 4: workload -> service -> identity and certificate.
-    pub(super) async fn identify(&self, captured: &Captured) -> Result<Caller, Outcome> {
+    pub(super) async fn identify(&self, maker: &Maker) -> Result<Caller, Outcome> {
         let failed = |side, error| Outcome::Failed {
             stage: Stage::Identity,
             side,
             error,
         };
-        let service = self.workloads.resolve(captured).map_err(|unknown| {
+        let service = self.workloads.resolve(maker).map_err(|unknown| {
             if UNKNOWN_LOG.pass(&unknown.cgroup.to_string()).is_some() {
                 tracing::warn!(error = %chain(&unknown), "connection of an unknown workload refused");
             }
@@ -106,14 +110,10 @@ impl Outbound {
 
     /// Which service is called. The owner of an original destination must be the one that the kernel saw at
     /// `connect()`.
-    pub(super) async fn destination(
-        &self,
-        captured: &Captured,
-        wanted: Wanted<'_>,
-    ) -> Result<Callee, Outcome> {
+    pub(super) async fn destination(&self, wanted: &Wanted<'_>) -> Result<Callee, Outcome> {
         let find = |catalog: &Catalog| {
             let service = match wanted {
-                Wanted::Captured => catalog
+                Wanted::Captured(captured) => catalog
                     .service_at(captured.destination)
                     .filter(|service| id_of(&service.name) == captured.service),
                 Wanted::Service(name) => catalog.service(name),
@@ -131,7 +131,7 @@ impl Outbound {
             return Ok(Callee { service, catalog });
         }
         let error = match wanted {
-            Wanted::Captured => {
+            Wanted::Captured(captured) => {
                 format!("{} changed its owner since connect()", captured.destination)
             }
             Wanted::Service(name) => format!(
@@ -150,7 +150,7 @@ impl Outbound {
     pub(super) fn denied(
         &self,
         caller: &Caller,
-        wanted: Wanted<'_>,
+        wanted: &Wanted<'_>,
         record: &mut ConnectionRecord,
     ) -> Option<Outcome> {
         let Wanted::Service(name) = wanted else {

@@ -14,10 +14,10 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
-use super::Outbound;
+use super::{Asked, Outbound, Wanted};
 use crate::{
-    catalog::{model::ServiceName, store::id_of},
-    datapath::{Captured, NetnsCookie},
+    catalog::model::ServiceName,
+    datapath::{Maker, NetnsCookie},
     sock_diag::SockDiag,
     sockets::{Kept, ListeningSockets, SocketKey},
     telemetry::{
@@ -141,12 +141,12 @@ pub(super) struct Upstream {
 }
 
 impl Upstream {
-    /// Step 3 for a connection to the listener: what the programs would have recorded of a captured one.
-    pub(super) fn capture(
+    /// Step 3 for a connection to the listener: who its maker is, as the programs would have recorded it.
+    pub(super) fn asked(
         &self,
         downstream: &TcpStream,
         client: SocketAddr,
-    ) -> Result<Captured, Outcome> {
+    ) -> Result<Asked<'_>, Outcome> {
         let failed = |side, error| Outcome::Failed {
             stage: Stage::Capture,
             side,
@@ -162,15 +162,16 @@ impl Upstream {
             );
             return Err(failed(Side::Downstream, error));
         };
-        Ok(Captured {
-            destination: local,
-            service: id_of(&self.service),
-            cgroup: owner.cgroup,
-            netns: self.netns,
-            uid: owner.uid,
-            // The kernel does not say, and it decides nothing.
-            process: 0,
-            socket_cookie: owner.cookie,
+        Ok(Asked {
+            maker: Maker {
+                cgroup: owner.cgroup,
+                netns: self.netns,
+                uid: owner.uid,
+                // The kernel does not say, and it decides nothing.
+                process: 0,
+            },
+            address: local,
+            wanted: Wanted::Service(&self.service),
         })
     }
 }

@@ -439,16 +439,13 @@ async fn the_process_that_listens_for_a_service_is_the_service() {
         now.0.contains_key("sidestep-web-1")
     })
     .await;
-    let captured = |cgroup| crate::datapath::Captured {
-        destination: ([192, 0, 2, 1], 80).into(),
-        service: crate::datapath::ServiceId(1),
+    let maker = |cgroup| crate::datapath::Maker {
         cgroup,
         netns: crate::datapath::NetnsCookie(1),
         uid: 0,
         process: 1,
-        socket_cookie: 1,
     };
-    let resolved = scene.workloads.resolve(&captured(id)).unwrap();
+    let resolved = scene.workloads.resolve(&maker(id)).unwrap();
     assert_eq!(resolved.as_str(), "web");
     let discovered = scene.local.status().discovered;
     let path = PathBuf::from(attach_point).join("web.service");
@@ -459,10 +456,7 @@ async fn the_process_that_listens_for_a_service_is_the_service() {
     second["ID"] = json!("admin-1");
     second["Name"] = json!("admin");
     register(&client, &second).await;
-    wait_for("refused", || {
-        scene.workloads.resolve(&captured(id)).is_err()
-    })
-    .await;
+    wait_for("refused", || scene.workloads.resolve(&maker(id)).is_err()).await;
     let refused = scene.local.status().refused;
     assert!(
         refused
@@ -472,13 +466,13 @@ async fn the_process_that_listens_for_a_service_is_the_service() {
     );
     deregister(&client, "admin-1").await;
     wait_for("clear again", || {
-        scene.workloads.resolve(&captured(id)).is_ok()
+        scene.workloads.resolve(&maker(id)).is_ok()
     })
     .await;
 
     // It goes with its cgroup; the instance stays known, and its checks tell callers.
     drop(application);
-    wait_for("gone", || scene.workloads.resolve(&captured(id)).is_err()).await;
+    wait_for("gone", || scene.workloads.resolve(&maker(id)).is_err()).await;
     wait_for("told", || scene.local.status().discovered.is_empty()).await;
     assert!(services(&client).await.0.contains_key("sidestep-web-1"));
     scene.shutdown.run("test", Duration::from_secs(20)).await;

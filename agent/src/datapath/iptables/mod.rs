@@ -42,7 +42,7 @@ pub use tool::{Choice, ToolError, Variant};
 pub(super) use check::probe;
 
 use super::{
-    Captured, DatapathError, NetnsCookie, Reconciled, Undesired, VipRanges, VipTargets,
+    Captured, DatapathError, Maker, NetnsCookie, Reconciled, Undesired, VipRanges, VipTargets,
     listener::CaptureListeners,
     netns::{self, Netns, NetnsError},
     pins::PinDirectory,
@@ -470,11 +470,13 @@ impl Iptables {
         Ok(Some(Captured {
             destination,
             service: target.service,
-            cgroup: owner.cgroup,
-            netns,
-            uid: owner.uid,
-            // The kernel does not say it of a socket, which several processes may hold.
-            process: 0,
+            maker: Maker {
+                cgroup: owner.cgroup,
+                netns,
+                uid: owner.uid,
+                // The kernel does not say it of a socket, which several processes may hold.
+                process: 0,
+            },
             socket_cookie: owner.cookie,
         }))
     }

@@ -22,7 +22,7 @@ use rules::Rules;
 use crate::{
     catalog::model::ServiceName,
     config::WorkloadConfig,
-    datapath::{Captured, CgroupId, NetnsCookie},
+    datapath::{CgroupId, Maker, NetnsCookie},
 };
 
 /// How many cgroups are remembered. A node runs hundreds; past this the memory is emptied and refilled.
@@ -147,34 +147,34 @@ impl WorkloadResolver {
         &*self.cgroups
     }
 
-    /// The service that made `captured`.
+    /// The service that `maker` is.
     ///
     /// Reads the cgroup's path on the first connection of each cgroup; a system call that does not wait.
     ///
     /// # Errors
     /// [`UnknownWorkload`] if no rule matches and nothing was discovered. The connection must then be refused.
-    pub fn resolve(&self, captured: &Captured) -> Result<ServiceName, UnknownWorkload> {
+    pub fn resolve(&self, maker: &Maker) -> Result<ServiceName, UnknownWorkload> {
         let state = self.state.read();
-        if let Some(service) = state.namespaces.get(&captured.netns) {
+        if let Some(service) = state.namespaces.get(&maker.netns) {
             return Ok(service.clone());
         }
-        let remembered = self.remembered.lock().get(&captured.cgroup).cloned();
+        let remembered = self.remembered.lock().get(&maker.cgroup).cloned();
         let (answer, path) = match remembered {
             Some(answer) => (Some(answer), None),
-            None => self.look_up(&state, captured.cgroup),
+            None => self.look_up(&state, maker.cgroup),
         };
-        let user = || state.rules.user(captured.uid).cloned();
+        let user = || state.rules.user(maker.uid).cloned();
         let service = match answer {
             Some(Answer::Rule(service)) => Some(service),
             Some(Answer::Discovered(service)) => user().or(Some(service)),
             None => user(),
         };
         service.ok_or(UnknownWorkload {
-            cgroup: captured.cgroup,
+            cgroup: maker.cgroup,
             path,
-            netns: captured.netns,
-            uid: captured.uid,
-            process: captured.process,
+            netns: maker.netns,
+            uid: maker.uid,
+            process: maker.process,
         })
     }
 

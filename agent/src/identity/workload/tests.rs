@@ -31,15 +31,12 @@ fn unit(service: &str, name: &str) -> WorkloadConfig {
     rule(service, WorkloadRule::Unit(name.into()))
 }
 
-fn captured(cgroup: u64, netns: NetnsCookie, uid: u32) -> Captured {
-    Captured {
-        destination: ([192, 0, 2, 1], 80).into(),
-        service: crate::datapath::ServiceId(1),
+fn maker(cgroup: u64, netns: NetnsCookie, uid: u32) -> Maker {
+    Maker {
         cgroup: CgroupId(cgroup),
         netns,
         uid,
         process: 4711,
-        socket_cookie: 9,
     }
 }
 
@@ -47,7 +44,7 @@ fn captured(cgroup: u64, netns: NetnsCookie, uid: u32) -> Captured {
 fn resolve(rules: &[WorkloadConfig], path: &str, uid: u32) -> Option<String> {
     let path = PathBuf::from(path);
     let resolver = WorkloadResolver::new(rules, move |_| Some(path.clone())).unwrap();
-    let service = resolver.resolve(&captured(5, HOST, uid)).ok()?;
+    let service = resolver.resolve(&maker(5, HOST, uid)).ok()?;
     Some(service.to_string())
 }
 
@@ -106,7 +103,7 @@ fn a_name_of_any_bytes_leads_out_of_no_unit() {
     for below in [&b"caf\xe9"[..], b"caf\xe9.slice/x"] {
         let path = Path::new("/apps.slice").join(OsStr::from_bytes(below));
         let resolver = WorkloadResolver::new(&rules, move |_| Some(path.clone())).unwrap();
-        let service = resolver.resolve(&captured(5, HOST, 0)).unwrap();
+        let service = resolver.resolve(&maker(5, HOST, 0)).unwrap();
         assert_eq!(service.as_str(), "all");
     }
 }
@@ -142,12 +139,7 @@ fn an_enrolled_namespace_beats_everything() {
         rule("pod", WorkloadRule::Netns(netns.to_owned())),
     ];
     let resolver = WorkloadResolver::new(&rules, |_| Some(PathBuf::from("/a"))).unwrap();
-    let service = |netns| {
-        resolver
-            .resolve(&captured(5, netns, 0))
-            .unwrap()
-            .to_string()
-    };
+    let service = |netns| resolver.resolve(&maker(5, netns, 0)).unwrap().to_string();
     assert_eq!(
         resolver.namespaces(),
         [(netns.to_owned(), "pod".parse().unwrap())]
@@ -175,13 +167,13 @@ fn answers_are_remembered_until_reload_and_failures_are_not() {
     .unwrap();
     for _ in 0..3 {
         assert_eq!(
-            resolver.resolve(&captured(5, HOST, 0)).unwrap().as_str(),
+            resolver.resolve(&maker(5, HOST, 0)).unwrap().as_str(),
             "web"
         );
     }
     assert_eq!(lookups.load(Ordering::Relaxed), 1);
     for _ in 0..3 {
-        let unknown = resolver.resolve(&captured(6, HOST, 3)).unwrap_err();
+        let unknown = resolver.resolve(&maker(6, HOST, 3)).unwrap_err();
         assert_eq!(
             unknown.to_string(),
             "no [[workload]] names process 4711: cgroup 6 (gone or not visible), user 3, network namespace 1"
@@ -190,7 +182,7 @@ fn answers_are_remembered_until_reload_and_failures_are_not() {
     assert_eq!(lookups.load(Ordering::Relaxed), 4);
     resolver.reload(&[cgroup("api", "/a")]).unwrap();
     assert_eq!(
-        resolver.resolve(&captured(5, HOST, 0)).unwrap().as_str(),
+        resolver.resolve(&maker(5, HOST, 0)).unwrap().as_str(),
         "api"
     );
 }
@@ -200,7 +192,7 @@ fn memory_of_cgroups_is_bounded() {
     let resolver = WorkloadResolver::new(&[cgroup("web", "/a")], |_| Some("/a/b".into())).unwrap();
     for id in 0..3 * REMEMBERED_CGROUPS as u64 {
         assert_eq!(
-            resolver.resolve(&captured(id, HOST, 0)).unwrap().as_str(),
+            resolver.resolve(&maker(id, HOST, 0)).unwrap().as_str(),
             "web"
         );
     }
@@ -256,7 +248,7 @@ fn what_was_discovered_counts_where_no_rule_does() {
     ];
     let resolver = WorkloadResolver::new(&rules, tree(&made_anew)).unwrap();
     let service = |cgroup, uid| {
-        let resolved = resolver.resolve(&captured(cgroup, HOST, uid));
+        let resolved = resolver.resolve(&maker(cgroup, HOST, uid));
         resolved.map(|service| service.to_string()).ok()
     };
     let is = |name: &str| Some(name.to_owned());
@@ -282,14 +274,14 @@ fn a_cgroup_made_anew_is_nobody_until_it_is_found() {
     let made_anew = Arc::<std::sync::atomic::AtomicBool>::default();
     let resolver = WorkloadResolver::new(&[], tree(&made_anew)).unwrap();
     resolver.discover(&assigned(&[(2, "/a/b", "found")]));
-    resolver.resolve(&captured(3, HOST, 0)).unwrap();
+    resolver.resolve(&maker(3, HOST, 0)).unwrap();
     made_anew.store(true, Ordering::Relaxed);
     for cgroup in [5, 6] {
-        resolver.resolve(&captured(cgroup, HOST, 0)).unwrap_err();
+        resolver.resolve(&maker(cgroup, HOST, 0)).unwrap_err();
     }
     resolver.discover(&assigned(&[(5, "/a/b", "other")]));
     for cgroup in [5, 6] {
-        let service = resolver.resolve(&captured(cgroup, HOST, 0)).unwrap();
+        let service = resolver.resolve(&maker(cgroup, HOST, 0)).unwrap();
         assert_eq!(service.as_str(), "other");
     }
 }
