@@ -527,7 +527,7 @@ s = tcp(); socket.send_fds(a, [b'x'], [s.fileno()]); said['status'] = os.wait()[
         receiver.directory().display()
     );
     assert_eq!(bench.client(&script)["status"], 0);
-    assert_eq!(bench.captured().cgroup, id(&receiver));
+    assert_eq!(bench.captured().maker.cgroup, id(&receiver));
 }
 
 #[test]
@@ -535,7 +535,7 @@ fn a_cgroup_below_the_workloads_is_captured_under_its_own_id() {
     let bench = Bench::new("child");
     let child = bench.scratch.cgroup().child("workloads/w/child").unwrap();
     Bench::client_in(&child, &bench.namespace, "tcp().connect(VIP)");
-    assert_eq!(bench.captured().cgroup, id(&child));
+    assert_eq!(bench.captured().maker.cgroup, id(&child));
 }
 
 #[test]
@@ -560,7 +560,7 @@ late = tcp(); enter('{outside_path}'); said['late'] = attempt(lambda: late.conne
     bench.assert_captured(VIP);
     let late = bench.captured();
     assert_eq!(
-        late.cgroup,
+        late.maker.cgroup,
         id(&outside),
         "who connects is what the process is now"
     );

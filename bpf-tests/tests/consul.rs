@@ -19,6 +19,7 @@ test_claims! {
     we_call_envoy
     explicit_upstreams_go_on
     a_service_goes_from_sidecars_to_us_and_back
+    a_prepared_query_is_followed
     every_way_of_tls_is_served
     a_tcp_health_check_is_no_call
     a_denied_peer_sees_no_banner

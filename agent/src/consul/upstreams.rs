@@ -2,17 +2,37 @@
 
 use std::{
     collections::BTreeMap,
+    fmt,
     net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::Arc,
 };
 
 use super::answers::{ServiceEntry, Upstream};
 use crate::catalog::model::ServiceName;
 
-/// Which service is reached at which address of this node, and what cannot be.
+/// What an upstream leads to.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Destination {
+    /// A service of this datacenter.
+    Service(ServiceName),
+    /// What a prepared query of this name or id finds.
+    Query(Arc<str>),
+}
+
+impl fmt::Display for Destination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Service(name) => name.fmt(f),
+            Self::Query(name) => write!(f, "prepared query {name:?}"),
+        }
+    }
+}
+
+/// What is reached at which address of this node, and what cannot be.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Upstreams {
     /// By the address to listen at.
-    pub services: BTreeMap<SocketAddr, ServiceName>,
+    pub offered: BTreeMap<SocketAddr, Destination>,
     /// What is registered and not offered, with the reason.
     pub problems: Vec<String>,
 }
@@ -30,11 +50,11 @@ pub fn upstreams<'a>(
                 continue;
             }
             let problem = match read(upstream, datacenter) {
-                Ok((address, service)) => match all.services.get(&address) {
-                    Some(other) if *other == service => continue,
+                Ok((address, destination)) => match all.offered.get(&address) {
+                    Some(other) if *other == destination => continue,
                     Some(other) => format!("{address} stands for {other} already"),
                     None => {
-                        all.services.insert(address, service);
+                        all.offered.insert(address, destination);
                         continue;
                     }
                 },
@@ -48,11 +68,7 @@ pub fn upstreams<'a>(
     all
 }
 
-fn read(upstream: &Upstream, datacenter: &str) -> Result<(SocketAddr, ServiceName), String> {
-    if !matches!(upstream.destination_type.as_str(), "" | "service") {
-        let kind = &upstream.destination_type;
-        return Err(format!("destinations of type {kind:?} are not supported"));
-    }
+fn read(upstream: &Upstream, datacenter: &str) -> Result<(SocketAddr, Destination), String> {
     if !upstream.local_bind_socket_path.is_empty() {
         let path = &upstream.local_bind_socket_path;
         return Err(format!(
@@ -78,11 +94,19 @@ fn read(upstream: &Upstream, datacenter: &str) -> Result<(SocketAddr, ServiceNam
             .parse()
             .map_err(|_not_one| format!("{text:?} is no IP address to listen at"))?,
     };
-    let service = upstream
-        .destination_name
-        .parse()
-        .map_err(|error| format!("{error}"))?;
-    Ok((SocketAddr::new(address, upstream.local_bind_port), service))
+    let name = &upstream.destination_name;
+    let destination = match upstream.destination_type.as_str() {
+        "" | "service" => Destination::Service(name.parse().map_err(|error| format!("{error}"))?),
+        // Consul finds it by name and by id, and takes any text for a name.
+        "prepared_query" if !name.is_empty() => Destination::Query(name.as_str().into()),
+        kind => {
+            return Err(format!("destinations of type {kind:?} are not supported"));
+        }
+    };
+    Ok((
+        SocketAddr::new(address, upstream.local_bind_port),
+        destination,
+    ))
 }
 
 #[cfg(test)]
@@ -103,6 +127,7 @@ mod tests {
             entry(
                 "web-proxy",
                 r#"[{"DestinationName":"db","LocalBindPort":9191},
+                    {"DestinationType":"prepared_query","DestinationName":"to db","LocalBindPort":9192},
                     {"DestinationType":"service","DestinationName":"cache","Datacenter":"dc1",
                      "LocalBindAddress":"127.0.0.2","LocalBindPort":9191},
                     {"DestinationName":"implicit"}]"#,
@@ -114,11 +139,18 @@ mod tests {
         ];
         let all = upstreams(&entries, "dc1");
         let found: Vec<_> = all
-            .services
+            .offered
             .iter()
-            .map(|(address, service)| format!("{address} {service}"))
+            .map(|(address, destination)| format!("{address} {destination}"))
             .collect();
-        assert_eq!(found, ["127.0.0.1:9191 db", "127.0.0.2:9191 cache"]);
+        assert_eq!(
+            found,
+            [
+                "127.0.0.1:9191 db",
+                "127.0.0.1:9192 prepared query \"to db\"",
+                "127.0.0.2:9191 cache"
+            ]
+        );
         assert_eq!(all.problems, Vec::<String>::new());
     }
 
@@ -130,8 +162,8 @@ mod tests {
                 "127.0.0.1:9191 stands for db already",
             ),
             (
-                r#"{"DestinationType":"prepared_query","DestinationName":"q","LocalBindPort":1}"#,
-                "destinations of type",
+                r#"{"DestinationType":"exported","DestinationName":"q","LocalBindPort":1}"#,
+                "destinations of type \"exported\"",
             ),
             (
                 r#"{"DestinationName":"db","LocalBindSocketPath":"/run/db"}"#,
@@ -164,7 +196,7 @@ mod tests {
                 panic!("{upstream}: {:?}", all.problems);
             };
             assert!(problem.contains(expected), "{upstream}: {problem}");
-            assert_eq!(all.services.len(), 1, "{upstream}");
+            assert_eq!(all.offered.len(), 1, "{upstream}");
         }
     }
 }

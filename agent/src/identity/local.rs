@@ -19,6 +19,11 @@ impl LocalDomain {
         }
     }
 
+    /// The datacenter in the identities here.
+    pub fn datacenter(&self) -> &str {
+        &self.datacenter
+    }
+
     /// The same trust domain in another datacenter.
     #[must_use]
     pub fn in_datacenter(&self, datacenter: &str) -> Self {

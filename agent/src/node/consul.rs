@@ -25,8 +25,11 @@ use super::{
 use crate::{
     admin::status::{ConsulStatus, RegisteredStatus, WorkloadStatus},
     catalog::{
-        consul::{ConsulHandle, ConsulSource, SourceSettings},
-        model::{NodeName, ServiceName, Snapshot},
+        consul::{
+            ConsulHandle, ConsulSource, SourceSettings,
+            found::{Finder, Found},
+        },
+        model::{NodeName, Service, ServiceName, Snapshot},
     },
     config::{Config, ConsulConfig},
     consul::{
@@ -35,6 +38,7 @@ use crate::{
             LocalInstances, LocalServices, Registrar, RegistrarSettings, plan::OwnNode,
         },
         rights,
+        upstreams::Destination,
     },
     datapath::cgroup::Cgroup2,
     identity::{
@@ -64,6 +68,7 @@ pub(super) type Snapshots = watch::Receiver<Option<Snapshot>>;
 pub(super) struct ConsulParts {
     pub(super) source: ConsulHandle,
     pub(super) services: LocalServices,
+    client: Client,
     /// The services that are here: what they may call is read.
     local: watch::Sender<Option<BTreeSet<ServiceName>>>,
     address: String,
@@ -175,7 +180,7 @@ pub(super) async fn open(
         max_watches: consul.max_watches,
         ..SourceSettings::new(name.clone(), domain.clone())
     };
-    let (source, handle) = ConsulSource::new(client, settings, local_seen);
+    let (source, handle) = ConsulSource::new(client.clone(), settings, local_seen);
     let (publish, snapshots) = watch::channel(None);
     let publish = move |snapshot| {
         publish.send_replace(Some(snapshot));
@@ -186,6 +191,7 @@ pub(super) async fn open(
     let parts = ConsulParts {
         source: handle,
         services,
+        client,
         local,
         address: consul.client.address.to_string(),
         version: agent.version,
@@ -344,9 +350,9 @@ pub(super) async fn first(
 /// The explicit upstreams of this node.
 #[derive(Debug, Clone, Default)]
 pub(super) struct OpenUpstreams {
-    /// Where they are open, with their services.
-    pub(super) open: Vec<(SocketAddr, ServiceName)>,
-    /// Why others are not.
+    /// Where they are open, and what they lead to.
+    pub(super) open: Vec<(SocketAddr, Destination)>,
+    /// Why others are not, and what is wrong with what they lead to.
     pub(super) problems: Vec<String>,
 }
 
@@ -354,10 +360,10 @@ pub(super) struct OpenUpstreams {
 #[derive(Debug)]
 pub(super) struct LocalFollower {
     instances: watch::Receiver<LocalInstances>,
-    upstreams: watch::Receiver<BTreeMap<SocketAddr, ServiceName>>,
+    upstreams: watch::Receiver<BTreeMap<SocketAddr, Destination>>,
     listeners: UpstreamListeners,
-    /// What of the upstreams is not open, as last told.
-    failed: Vec<String>,
+    /// What is wrong with the upstreams, as last told.
+    problems: Vec<String>,
 }
 
 impl LocalFollower {
@@ -368,11 +374,16 @@ impl LocalFollower {
         outbound: Arc<Outbound>,
         sockets: ListeningSockets,
     ) -> io::Result<Self> {
+        let finder = Finder::new(
+            parts.client.clone(),
+            outbound.local.datacenter().to_owned(),
+            outbound.shutdown.clone(),
+        );
         Ok(Self {
             instances: parts.services.instances(),
             upstreams: parts.services.upstreams(),
-            listeners: UpstreamListeners::new(outbound, sockets)?,
-            failed: vec![],
+            listeners: UpstreamListeners::new(outbound, sockets, finder)?,
+            problems: vec![],
         })
     }
 
@@ -395,13 +406,20 @@ impl LocalFollower {
     pub(super) fn follow_upstreams(&mut self) {
         let wanted = self.upstreams.borrow_and_update().clone();
         let failed = self.listeners.follow(&wanted);
-        let failed: Vec<String> = failed.iter().map(|e| chain(e).to_string()).collect();
-        for problem in &failed {
-            if !self.failed.contains(problem) {
-                tracing::error!(problem, "upstream not open");
+        let failed = failed.iter().map(|e| chain(e).to_string());
+        let problems = failed.chain(self.listeners.found().flat_map(Found::problems));
+        let problems: Vec<String> = problems.collect();
+        for problem in &problems {
+            if !self.problems.contains(problem) {
+                tracing::error!(problem, "upstream");
             }
         }
-        self.failed = failed;
+        self.problems = problems;
+    }
+
+    /// The services that upstreams lead to beside the catalog.
+    pub(super) fn found(&self) -> Vec<Arc<Service>> {
+        self.listeners.found().filter_map(Found::service).collect()
     }
 
     /// What is open of them.
@@ -409,9 +427,9 @@ impl LocalFollower {
         let open = self.listeners.list();
         OpenUpstreams {
             open: open
-                .map(|(address, service)| (address, service.clone()))
+                .map(|(address, destination)| (address, destination.clone()))
                 .collect(),
-            problems: self.failed.clone(),
+            problems: self.problems.clone(),
         }
     }
 }

@@ -158,7 +158,9 @@ impl Follower {
                 }
             }
         }
-        node.outbound.balancer.retain(&catalog.snapshot);
+        let found = self.local.as_ref().map(LocalFollower::found);
+        let found = found.unwrap_or_default();
+        node.outbound.balancer.retain(&catalog.snapshot, &found);
         self.forget_certificates(&config);
         node.cut_forbidden();
         node.cut_lost();

@@ -296,8 +296,8 @@ fn listeners(node: &Node) -> Vec<ListenerStatus> {
         .open
         .clone()
         .into_iter()
-        .map(|(address, service)| {
-            let address = format!("{address} for {service}");
+        .map(|(address, destination)| {
+            let address = format!("{address} for {destination}");
             listener("upstream", address, None)
         });
     let metrics = config

@@ -123,11 +123,12 @@ impl Balancer {
         })
     }
 
-    /// Forgets instances that the catalog no longer has.
-    pub fn retain(&self, snapshot: &Snapshot) {
+    /// Forgets instances that neither the catalog nor any of `found` has any longer.
+    pub fn retain(&self, snapshot: &Snapshot, found: &[Arc<Service>]) {
         let known: HashSet<Key> = snapshot
             .services
             .values()
+            .chain(found)
             .flat_map(|service| service.instances.iter().map(|i| key(&service.name, i)))
             .collect();
         self.seen.lock().retain(|key, _| known.contains(key));

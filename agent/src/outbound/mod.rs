@@ -18,7 +18,11 @@ use self::{
 };
 use crate::{
     accept::accept_all,
-    catalog::{consul::ConsulHandle, model::ServiceName, store::CatalogStore},
+    catalog::{
+        consul::{ConsulHandle, found::Found},
+        model::ServiceName,
+        store::CatalogStore,
+    },
     connections::Connections,
     datapath::{Backend, Captured, Maker},
     health,
@@ -93,8 +97,10 @@ struct Asked<'a> {
 enum Wanted<'a> {
     /// The virtual address that was connected to.
     Captured(Captured),
-    /// The explicit upstream whose listener took the connection.
+    /// The explicit upstream whose listener took the connection: it stands for this service.
     Service(&'a ServiceName),
+    /// The same, for what is not in the catalog.
+    Found(&'a Found),
 }
 
 impl Asked<'_> {

@@ -117,12 +117,15 @@ impl Outbound {
                     .service_at(captured.destination)
                     .filter(|service| id_of(&service.name) == captured.service),
                 Wanted::Service(name) => catalog.service(name),
+                Wanted::Found(found) => return found.service(),
             };
             service.map(Arc::clone)
         };
         let mut catalog = self.catalog.current();
         let mut found = find(&catalog);
-        if let (Some(service), Some(source)) = (&found, &self.freshness) {
+        if let (Some(service), Some(source)) = (&found, &self.freshness)
+            && !matches!(wanted, Wanted::Found(_))
+        {
             source.wanted(&service.name).await;
             catalog = self.catalog.current();
             found = find(&catalog);
@@ -137,6 +140,10 @@ impl Outbound {
             Wanted::Service(name) => format!(
                 "the catalog (version {}) has no service {name}, for which this upstream stands",
                 catalog.version
+            ),
+            Wanted::Found(found) => format!(
+                "Consul has not told what {} leads to, for which this upstream stands",
+                found.destination()
             ),
         };
         Err(Outcome::Failed {

@@ -16,7 +16,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Asked, Outbound, Wanted};
 use crate::{
-    catalog::model::ServiceName,
+    catalog::{
+        consul::found::{Finder, Found},
+        model::ServiceName,
+    },
+    consul::upstreams::Destination,
     datapath::{Maker, NetnsCookie},
     sock_diag::SockDiag,
     sockets::{Kept, ListeningSockets, SocketKey},
@@ -35,22 +39,23 @@ pub struct UpstreamListeners {
     outbound: Arc<Outbound>,
     sockets: ListeningSockets,
     clients: Arc<SockDiag>,
+    finder: Finder,
     open: BTreeMap<SocketAddr, OpenUpstream>,
 }
 
 #[derive(Debug)]
 struct OpenUpstream {
-    service: ServiceName,
+    destination: Destination,
     closed: CancellationToken,
     _kept: Kept,
 }
 
 /// An upstream whose port cannot be opened.
 #[derive(Debug, thiserror::Error)]
-#[error("listen at {address} for the upstream {service}")]
+#[error("listen at {address} for the upstream {destination}")]
 pub struct UpstreamError {
     address: SocketAddr,
-    service: ServiceName,
+    destination: Destination,
     #[source]
     source: io::Error,
 }
@@ -60,34 +65,40 @@ impl UpstreamListeners {
     ///
     /// # Errors
     /// If the kernel cannot be asked whose a socket is.
-    pub fn new(outbound: Arc<Outbound>, sockets: ListeningSockets) -> io::Result<Self> {
+    pub fn new(
+        outbound: Arc<Outbound>,
+        sockets: ListeningSockets,
+        finder: Finder,
+    ) -> io::Result<Self> {
         Ok(Self {
             outbound,
             sockets,
             clients: Arc::new(SockDiag::open()?),
+            finder,
             open: BTreeMap::new(),
         })
     }
 
-    /// Opens and closes listeners to match `wanted`: which service answers where. Returns what could not be opened;
-    /// it is tried again at the next call. Connections of a closed listener live on.
-    pub fn follow(&mut self, wanted: &BTreeMap<SocketAddr, ServiceName>) -> Vec<UpstreamError> {
+    /// Opens and closes listeners to match `wanted`: what is reached where. Returns what could not be opened; it is
+    /// tried again at the next call. Connections of a closed listener live on.
+    pub fn follow(&mut self, wanted: &BTreeMap<SocketAddr, Destination>) -> Vec<UpstreamError> {
+        self.finder.follow(wanted.values());
         self.open.retain(|address, open| {
-            let keep = wanted.get(address) == Some(&open.service);
+            let keep = wanted.get(address) == Some(&open.destination);
             if !keep {
                 open.closed.cancel();
-                tracing::info!(%address, service = %open.service, "upstream closed");
+                tracing::info!(%address, destination = %open.destination, "upstream closed");
             }
             keep
         });
         let mut failed = Vec::new();
-        for (address, service) in wanted {
+        for (address, destination) in wanted {
             if !self.open.contains_key(address)
-                && let Err(source) = self.start(*address, service)
+                && let Err(source) = self.start(*address, destination)
             {
                 failed.push(UpstreamError {
                     address: *address,
-                    service: service.clone(),
+                    destination: destination.clone(),
                     source,
                 });
             }
@@ -96,19 +107,31 @@ impl UpstreamListeners {
     }
 
     /// What is open.
-    pub fn list(&self) -> impl Iterator<Item = (SocketAddr, &ServiceName)> {
+    pub fn list(&self) -> impl Iterator<Item = (SocketAddr, &Destination)> {
         self.open
             .iter()
-            .map(|(address, open)| (*address, &open.service))
+            .map(|(address, open)| (*address, &open.destination))
     }
 
-    fn start(&mut self, address: SocketAddr, service: &ServiceName) -> io::Result<()> {
+    /// What open ones lead to beside the catalog.
+    pub fn found(&self) -> impl Iterator<Item = &Found> {
+        self.finder.all()
+    }
+
+    fn start(&mut self, address: SocketAddr, destination: &Destination) -> io::Result<()> {
+        let leads_to = match (self.finder.found(destination), destination) {
+            (Some(found), _) => LeadsTo::Found(found),
+            (None, Destination::Service(name)) => LeadsTo::Service(name.clone()),
+            (None, Destination::Query(_)) => {
+                return Err(io::Error::other("nobody asks Consul for it"));
+            }
+        };
         let key = SocketKey::here(address)?;
         let (listener, kept) = self.sockets.listen(key, || listen(address))?;
         let listener = TcpListener::from_std(listener)?;
         let closed = CancellationToken::new();
         let upstream = Arc::new(Upstream {
-            service: service.clone(),
+            leads_to,
             netns: key.netns,
             clients: Arc::clone(&self.clients),
         });
@@ -121,9 +144,9 @@ impl UpstreamListeners {
                     () = outbound.serve(listener, Some(upstream)) => {}
                 }
             });
-        tracing::info!(%address, %service, "upstream open");
+        tracing::info!(%address, %destination, "upstream open");
         let open = OpenUpstream {
-            service: service.clone(),
+            destination: destination.clone(),
             closed,
             _kept: kept,
         };
@@ -135,12 +158,27 @@ impl UpstreamListeners {
 /// What a connection to one of the listeners asks for.
 #[derive(Debug)]
 pub(super) struct Upstream {
-    pub(super) service: ServiceName,
+    leads_to: LeadsTo,
     netns: NetnsCookie,
     clients: Arc<SockDiag>,
 }
 
+#[derive(Debug)]
+enum LeadsTo {
+    /// By the catalog.
+    Service(ServiceName),
+    /// What Consul is asked for beside.
+    Found(Arc<Found>),
+}
+
 impl Upstream {
+    fn wanted(&self) -> Wanted<'_> {
+        match &self.leads_to {
+            LeadsTo::Service(name) => Wanted::Service(name),
+            LeadsTo::Found(found) => Wanted::Found(found),
+        }
+    }
+
     /// Step 3 for a connection to the listener: who its maker is, as the programs would have recorded it.
     pub(super) fn asked(
         &self,
@@ -171,7 +209,7 @@ impl Upstream {
                 process: 0,
             },
             address: local,
-            wanted: Wanted::Service(&self.service),
+            wanted: self.wanted(),
         })
     }
 }

@@ -289,7 +289,7 @@ struct AclPolicy {
 }
 
 /// Consul takes it only some time after it has a leader. Returns its id.
-async fn create_policy(root: &Client, policy: &Value) -> String {
+pub(super) async fn create_policy(root: &Client, policy: &Value) -> String {
     let create = Request::to(&["v1", "acl", "policy"]);
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {

@@ -33,7 +33,7 @@ use super::{
     answers::{AgentServices, ServiceEntry},
     judge::{Before, Doubt, Verdict, judge},
     position::{Pace, PaceLimits},
-    upstreams::{Upstreams, upstreams},
+    upstreams::{Destination, Upstreams, upstreams},
 };
 use crate::{
     catalog::model::{Instance, InstanceId, ServiceName},
@@ -90,7 +90,7 @@ pub struct Registrar {
     sockets: Option<SockDiag>,
     known: Known,
     instances: watch::Sender<LocalInstances>,
-    upstreams: watch::Sender<BTreeMap<SocketAddr, ServiceName>>,
+    upstreams: watch::Sender<BTreeMap<SocketAddr, Destination>>,
     listening: watch::Receiver<BTreeSet<u16>>,
     status: Arc<Mutex<RegistrarStatus>>,
     reading: Pace,
@@ -144,7 +144,7 @@ enum Place {
 #[derive(Debug)]
 pub struct LocalServices {
     instances: watch::Receiver<LocalInstances>,
-    upstreams: watch::Receiver<BTreeMap<SocketAddr, ServiceName>>,
+    upstreams: watch::Receiver<BTreeMap<SocketAddr, Destination>>,
     listening: watch::Sender<BTreeSet<u16>>,
     status: Arc<Mutex<RegistrarStatus>>,
 }
@@ -155,8 +155,8 @@ impl LocalServices {
         self.instances.clone()
     }
 
-    /// The explicit upstreams that sidecars are registered with: the service by the address to listen at.
-    pub fn upstreams(&self) -> watch::Receiver<BTreeMap<SocketAddr, ServiceName>> {
+    /// The explicit upstreams that sidecars are registered with, by the address to listen at.
+    pub fn upstreams(&self) -> watch::Receiver<BTreeMap<SocketAddr, Destination>> {
         self.upstreams.clone()
     }
 
@@ -310,13 +310,13 @@ impl Registrar {
 
     fn offer_upstreams(&self, present: &AgentServices, problems: &mut BTreeSet<String>) {
         let Upstreams {
-            services,
+            offered,
             problems: refused,
         } = upstreams(present.0.values(), &self.settings.datacenter);
         problems.extend(refused);
         self.upstreams.send_if_modified(|before| {
-            let is_new = *before != services;
-            *before = services;
+            let is_new = *before != offered;
+            *before = offered;
             is_new
         });
     }

@@ -290,7 +290,11 @@ async fn follow_endpoints(
 ///
 /// A name that may not be seen is answered as if nothing had been looked up, even if it is nobody's; and some node
 /// there is always.
-async fn sees(client: &Client, query: &Query, before: &Endpoints) -> Result<bool, ConsulError> {
+pub(in crate::catalog::consul) async fn sees(
+    client: &Client,
+    query: &Query,
+    before: &Endpoints,
+) -> Result<bool, ConsulError> {
     let to = |segments: &[&str]| match &query.datacenter {
         Some(datacenter) => Request::to(segments).with("dc", &**datacenter),
         None => Request::to(segments),

@@ -3,6 +3,8 @@
 
 mod asking;
 
+pub(super) use self::asking::sees;
+
 use std::{
     collections::{BTreeSet, HashMap, HashSet, VecDeque},
     sync::{Arc, atomic::AtomicBool, atomic::Ordering},
