@@ -15,7 +15,11 @@ use std::{
 
 use ipnet::Ipv6Net;
 use parking_lot::Mutex;
-use tokio::{io::AsyncWriteExt as _, process::Command, time::timeout};
+use tokio::{
+    io::{AsyncWrite, AsyncWriteExt as _},
+    process::Command,
+    time::timeout,
+};
 
 use crate::{
     datapath::{AwayPolicy, Captured, ServiceId, VipTarget},
@@ -59,7 +63,7 @@ pub fn is_probe(captured: &Captured) -> bool {
 }
 
 /// Tells him.
-pub async fn answer(stream: &mut tokio::net::TcpStream) {
+pub async fn answer(stream: &mut (impl AsyncWrite + Unpin)) {
     // Who asked and left does not want to know any more.
     let _told = timeout(PATIENCE, stream.write_all(ANSWER)).await;
 }

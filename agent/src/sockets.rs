@@ -6,9 +6,10 @@
 
 use std::{
     collections::BTreeMap,
-    io,
-    net::{SocketAddr, TcpListener},
+    fmt, io,
+    net::SocketAddr,
     os::fd::{AsFd as _, OwnedFd},
+    path::PathBuf,
     sync::Arc,
 };
 
@@ -21,13 +22,37 @@ use crate::{
     telemetry::log::chain,
 };
 
+/// Where a socket listens.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ListenAddress {
+    /// At a port.
+    Tcp(SocketAddr),
+    /// At a Unix socket in the file system.
+    Unix(PathBuf),
+}
+
+impl From<SocketAddr> for ListenAddress {
+    fn from(address: SocketAddr) -> Self {
+        Self::Tcp(address)
+    }
+}
+
+impl fmt::Display for ListenAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix(path) => path.display().fmt(f),
+        }
+    }
+}
+
 /// Which socket.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct SocketKey {
     /// The network namespace that it was made in.
     pub netns: NetnsCookie,
     /// Where it listens.
-    pub address: SocketAddr,
+    pub address: ListenAddress,
 }
 
 impl SocketKey {
@@ -35,22 +60,25 @@ impl SocketKey {
     ///
     /// # Errors
     /// If the namespace has no cookie: kernel 5.14.
-    pub fn here(address: SocketAddr) -> io::Result<Self> {
+    pub fn here(address: impl Into<ListenAddress>) -> io::Result<Self> {
         let socket = Socket::new(Domain::UNIX, Type::DGRAM, None)?;
         let netns = netns::cookie_of(&socket)?;
-        Ok(Self { netns, address })
+        Ok(Self {
+            netns,
+            address: address.into(),
+        })
     }
 }
 
-/// Every listening TCP socket of the agent.
+/// Every listening socket of the agent, but those of operators.
 #[derive(Debug, Clone, Default)]
 pub struct ListeningSockets(Arc<Mutex<State>>);
 
 #[derive(Debug, Default)]
 struct State {
     /// From the agent before, and not asked for yet.
-    inherited: BTreeMap<SocketKey, TcpListener>,
-    open: BTreeMap<SocketKey, TcpListener>,
+    inherited: BTreeMap<SocketKey, OwnedFd>,
+    open: BTreeMap<SocketKey, OwnedFd>,
     /// They belong to the next agent: the store is its affair.
     is_given: bool,
 }
@@ -63,14 +91,13 @@ pub struct Kept {
 }
 
 impl ListeningSockets {
-    /// Begins with what another agent listened with. What is no listening TCP socket is closed.
+    /// Begins with what another agent listened with. What is no listening socket is closed.
     pub fn inheriting(descriptors: impl IntoIterator<Item = OwnedFd>) -> Self {
         let sockets = Self::default();
         for descriptor in descriptors {
             match key_of(&descriptor) {
                 Ok(key) => {
-                    let socket = Socket::from(descriptor).into();
-                    sockets.0.lock().inherited.insert(key, socket);
+                    sockets.0.lock().inherited.insert(key, descriptor);
                 }
                 Err(error) => {
                     tracing::warn!(error = %chain(&error), "inherited descriptor not taken over");
@@ -84,24 +111,31 @@ impl ListeningSockets {
     ///
     /// # Errors
     /// Those of `bind`, and if there are no descriptors left.
-    pub fn listen(
+    pub fn listen<L: From<OwnedFd> + Into<OwnedFd>>(
         &self,
         key: SocketKey,
-        bind: impl FnOnce() -> io::Result<TcpListener>,
-    ) -> io::Result<(TcpListener, Kept)> {
+        bind: impl FnOnce() -> io::Result<L>,
+    ) -> io::Result<(L, Kept)> {
         let inherited = self.0.lock().inherited.remove(&key);
         let socket = match inherited {
             Some(socket) => socket,
-            None => bind()?,
+            None => bind()?.into(),
         };
         let held = socket.try_clone()?;
         store(&key, &held);
-        self.0.lock().open.insert(key, held);
+        self.0.lock().open.insert(key.clone(), held);
         let kept = Kept {
             sockets: self.clone(),
             key,
         };
-        Ok((socket, kept))
+        Ok((socket.into(), kept))
+    }
+
+    /// Closes what was inherited for this key: it cannot be reached any more.
+    pub fn disinherit(&self, key: &SocketKey) {
+        if self.0.lock().inherited.remove(key).is_some() {
+            forget(key);
+        }
     }
 
     /// Closes what was inherited and nobody asked for: it is not configured any more.
@@ -118,13 +152,17 @@ impl ListeningSockets {
     /// If there are no descriptors left.
     pub fn descriptors(&self) -> io::Result<Vec<OwnedFd>> {
         let state = self.0.lock();
-        let duplicate = |socket: &TcpListener| socket.as_fd().try_clone_to_owned();
-        state.open.values().map(duplicate).collect()
+        state.open.values().map(OwnedFd::try_clone).collect()
     }
 
     /// From now on they are the next agent's.
     pub fn give(&self) {
         self.0.lock().is_given = true;
+    }
+
+    /// Whether they are the next agent's.
+    pub fn are_given(&self) -> bool {
+        self.0.lock().is_given
     }
 
     /// Lets go of all, for an agent that ends without a successor: connects are refused once their users have
@@ -156,7 +194,13 @@ impl Drop for Kept {
 
 fn key_of(descriptor: &OwnedFd) -> io::Result<SocketKey> {
     let socket = SockRef::from(descriptor);
-    let address = socket.local_addr()?.as_socket();
+    let address = socket.local_addr()?;
+    let unix = || {
+        address
+            .as_pathname()
+            .map(|path| ListenAddress::Unix(path.to_owned()))
+    };
+    let address = address.as_socket().map(ListenAddress::Tcp).or_else(unix);
     match address {
         Some(address) if socket.is_listener()? && socket.r#type()? == Type::STREAM => {
             Ok(SocketKey {
@@ -166,17 +210,18 @@ fn key_of(descriptor: &OwnedFd) -> io::Result<SocketKey> {
         }
         _ => Err(io::Error::new(
             io::ErrorKind::InvalidInput,
-            "it is no listening TCP socket",
+            "it is no listening socket",
         )),
     }
 }
 
 /// A name in the store: neither longer than 255 characters nor with a colon (`sd_pid_notify_with_fds(3)`).
 fn name(key: &SocketKey) -> String {
-    format!("listen-{}-{}", key.netns, key.address).replace(':', "_")
+    format!("listen-{}-{}", key.netns, key.address)
+        .replace(|c: char| c == ':' || !c.is_ascii_graphic(), "_")
 }
 
-fn store(key: &SocketKey, socket: &TcpListener) {
+fn store(key: &SocketKey, socket: &OwnedFd) {
     let name = name(key);
     let state = [NotifyState::FdStore, NotifyState::FdName(&name)];
     if let Err(error) = sd_notify::notify_with_fds(&state, &[socket.as_fd()]) {

@@ -214,6 +214,9 @@ pub struct Upstream {
     /// A Unix socket in place of a port.
     #[serde(default, deserialize_with = "or_default")]
     pub local_bind_socket_path: String,
+    /// The mode of that socket's file, in octal; empty if not set.
+    #[serde(default, deserialize_with = "or_default")]
+    pub local_bind_socket_mode: String,
 }
 
 /// Whether an instance speaks mutual TLS itself.

@@ -4,11 +4,12 @@ use std::{
     collections::BTreeMap,
     fmt,
     net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::Path,
     sync::Arc,
 };
 
 use super::answers::{ServiceEntry, Upstream};
-use crate::catalog::model::ServiceName;
+use crate::{catalog::model::ServiceName, sockets::ListenAddress};
 
 /// What an upstream leads to.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -28,11 +29,20 @@ impl fmt::Display for Destination {
     }
 }
 
+/// What is reached at an address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Offer {
+    /// What it leads to.
+    pub destination: Destination,
+    /// The mode of a Unix socket's file, where one is set.
+    pub mode: Option<u32>,
+}
+
 /// What is reached at which address of this node, and what cannot be.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Upstreams {
     /// By the address to listen at.
-    pub offered: BTreeMap<SocketAddr, Destination>,
+    pub offered: BTreeMap<ListenAddress, Offer>,
     /// What is registered and not offered, with the reason.
     pub problems: Vec<String>,
 }
@@ -50,11 +60,13 @@ pub fn upstreams<'a>(
                 continue;
             }
             let problem = match read(upstream, datacenter) {
-                Ok((address, destination)) => match all.offered.get(&address) {
-                    Some(other) if *other == destination => continue,
-                    Some(other) => format!("{address} stands for {other} already"),
+                Ok((address, offer)) => match all.offered.get(&address) {
+                    Some(other) if *other == offer => continue,
+                    Some(Offer { destination, .. }) => {
+                        format!("{address} stands for {destination} already")
+                    }
                     None => {
-                        all.offered.insert(address, destination);
+                        all.offered.insert(address, offer);
                         continue;
                     }
                 },
@@ -68,13 +80,7 @@ pub fn upstreams<'a>(
     all
 }
 
-fn read(upstream: &Upstream, datacenter: &str) -> Result<(SocketAddr, Destination), String> {
-    if !upstream.local_bind_socket_path.is_empty() {
-        let path = &upstream.local_bind_socket_path;
-        return Err(format!(
-            "{path}: Unix sockets are not supported, only ports"
-        ));
-    }
+fn read(upstream: &Upstream, datacenter: &str) -> Result<(ListenAddress, Offer), String> {
     if !matches!(upstream.datacenter.as_str(), "") && upstream.datacenter != datacenter {
         return Err(format!(
             "it is in datacenter {:?}: only a service-resolver leads to other datacenters",
@@ -88,12 +94,6 @@ fn read(upstream: &Upstream, datacenter: &str) -> Result<(SocketAddr, Destinatio
         let namespace = &upstream.destination_namespace;
         return Err(format!("namespace {namespace:?} is not supported"));
     }
-    let address = match upstream.local_bind_address.as_str() {
-        "" => IpAddr::V4(Ipv4Addr::LOCALHOST),
-        text => text
-            .parse()
-            .map_err(|_not_one| format!("{text:?} is no IP address to listen at"))?,
-    };
     let name = &upstream.destination_name;
     let destination = match upstream.destination_type.as_str() {
         "" | "service" => Destination::Service(name.parse().map_err(|error| format!("{error}"))?),
@@ -103,10 +103,41 @@ fn read(upstream: &Upstream, datacenter: &str) -> Result<(SocketAddr, Destinatio
             return Err(format!("destinations of type {kind:?} are not supported"));
         }
     };
-    Ok((
-        SocketAddr::new(address, upstream.local_bind_port),
-        destination,
-    ))
+    let (address, mode) = address(upstream)?;
+    Ok((address, Offer { destination, mode }))
+}
+
+/// Where to listen, and with which mode.
+fn address(upstream: &Upstream) -> Result<(ListenAddress, Option<u32>), String> {
+    let path = Path::new(&upstream.local_bind_socket_path);
+    if path.as_os_str().is_empty() {
+        let address = match upstream.local_bind_address.as_str() {
+            "" => IpAddr::V4(Ipv4Addr::LOCALHOST),
+            text => text
+                .parse()
+                .map_err(|_not_one| format!("{text:?} is no IP address to listen at"))?,
+        };
+        return Ok((
+            SocketAddr::new(address, upstream.local_bind_port).into(),
+            None,
+        ));
+    }
+    if !path.is_absolute() {
+        return Err(format!(
+            "{:?} is no absolute path",
+            upstream.local_bind_socket_path
+        ));
+    }
+    let mode = match upstream.local_bind_socket_mode.as_str() {
+        "" => None,
+        text => Some(
+            u32::from_str_radix(text, 8)
+                .ok()
+                .filter(|mode| *mode <= 0o777)
+                .ok_or_else(|| format!("{text:?} is no mode of a file, expected octal digits"))?,
+        ),
+    };
+    Ok((ListenAddress::Unix(path.to_owned()), mode))
 }
 
 #[cfg(test)]
@@ -130,6 +161,7 @@ mod tests {
                     {"DestinationType":"prepared_query","DestinationName":"to db","LocalBindPort":9192},
                     {"DestinationType":"service","DestinationName":"cache","Datacenter":"dc1",
                      "LocalBindAddress":"127.0.0.2","LocalBindPort":9191},
+                    {"DestinationName":"db","LocalBindSocketPath":"/run/db","LocalBindSocketMode":"0640"},
                     {"DestinationName":"implicit"}]"#,
             ),
             entry(
@@ -141,14 +173,17 @@ mod tests {
         let found: Vec<_> = all
             .offered
             .iter()
-            .map(|(address, destination)| format!("{address} {destination}"))
+            .map(|(address, Offer { destination, mode })| {
+                format!("{address} {destination} {mode:?}")
+            })
             .collect();
         assert_eq!(
             found,
             [
-                "127.0.0.1:9191 db",
-                "127.0.0.1:9192 prepared query \"to db\"",
-                "127.0.0.2:9191 cache"
+                "127.0.0.1:9191 db None",
+                "127.0.0.1:9192 prepared query \"to db\" None",
+                "127.0.0.2:9191 cache None",
+                "/run/db db Some(416)"
             ]
         );
         assert_eq!(all.problems, Vec::<String>::new());
@@ -166,8 +201,12 @@ mod tests {
                 "destinations of type \"exported\"",
             ),
             (
-                r#"{"DestinationName":"db","LocalBindSocketPath":"/run/db"}"#,
-                "/run/db: Unix sockets",
+                r#"{"DestinationName":"db","LocalBindSocketPath":"run/db"}"#,
+                "\"run/db\" is no absolute path",
+            ),
+            (
+                r#"{"DestinationName":"db","LocalBindSocketPath":"/run/db","LocalBindSocketMode":"rw"}"#,
+                "\"rw\" is no mode",
             ),
             (
                 r#"{"DestinationName":"db","Datacenter":"dc2","LocalBindPort":1}"#,

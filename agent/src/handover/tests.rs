@@ -33,7 +33,9 @@ async fn sockets_and_lock_go_over_and_the_queue_with_them() {
         assert!(inheritance.pin_lock.is_some() && inheritance.takes_over);
         let new = ListeningSockets::inheriting(inheritance.sockets);
         let key = SocketKey::here(address).unwrap();
-        let inherited = new.listen(key, || panic!("it was inherited")).unwrap();
+        let inherited = new
+            .listen::<TcpListener>(key, || panic!("it was inherited"))
+            .unwrap();
         predecessor.retire().await.unwrap();
         assert_eq!(predecessor.draining().await, Some(7));
         assert_eq!(predecessor.draining().await, None);

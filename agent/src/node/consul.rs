@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -38,7 +38,7 @@ use crate::{
             LocalInstances, LocalServices, Registrar, RegistrarSettings, plan::OwnNode,
         },
         rights,
-        upstreams::Destination,
+        upstreams::{Destination, Offer},
     },
     datapath::cgroup::Cgroup2,
     identity::{
@@ -49,7 +49,7 @@ use crate::{
     },
     lifecycle::Shutdown,
     outbound::{Outbound, upstreams::UpstreamListeners},
-    sockets::ListeningSockets,
+    sockets::{ListenAddress, ListeningSockets},
     telemetry::log::chain,
 };
 
@@ -351,7 +351,7 @@ pub(super) async fn first(
 #[derive(Debug, Clone, Default)]
 pub(super) struct OpenUpstreams {
     /// Where they are open, and what they lead to.
-    pub(super) open: Vec<(SocketAddr, Destination)>,
+    pub(super) open: Vec<(ListenAddress, Destination)>,
     /// Why others are not, and what is wrong with what they lead to.
     pub(super) problems: Vec<String>,
 }
@@ -360,7 +360,7 @@ pub(super) struct OpenUpstreams {
 #[derive(Debug)]
 pub(super) struct LocalFollower {
     instances: watch::Receiver<LocalInstances>,
-    upstreams: watch::Receiver<BTreeMap<SocketAddr, Destination>>,
+    upstreams: watch::Receiver<BTreeMap<ListenAddress, Offer>>,
     listeners: UpstreamListeners,
     /// What is wrong with the upstreams, as last told.
     problems: Vec<String>,
@@ -427,7 +427,7 @@ impl LocalFollower {
         let open = self.listeners.list();
         OpenUpstreams {
             open: open
-                .map(|(address, destination)| (address, destination.clone()))
+                .map(|(address, destination)| (address.clone(), destination.clone()))
                 .collect(),
             problems: self.problems.clone(),
         }

@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use super::Outbound;
+use super::{Capture, Outbound};
 use crate::{
     datapath::{
         DatapathError, NetnsCookie,
@@ -184,7 +184,7 @@ impl CaptureNamespaces {
                 .spawn("capture listener", async move {
                     tokio::select! {
                         () = closed.cancelled() => {}
-                        () = outbound.serve(listener, None) => {}
+                        () = outbound.serve(listener, Capture) => {}
                     }
                 });
         }

@@ -7,17 +7,16 @@ pub mod balance;
 pub mod listeners;
 mod steps;
 pub mod upstreams;
+mod unix_client;
+mod unix_socket;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::net::{TcpListener, TcpStream};
 
-use self::{
-    balance::{Balancer, Ejection},
-    upstreams::Upstream,
-};
+use self::balance::{Balancer, Ejection};
 use crate::{
-    accept::accept_all,
+    accept::{Listener, accept_all},
     catalog::{
         consul::{ConsulHandle, found::Found},
         model::ServiceName,
@@ -29,7 +28,7 @@ use crate::{
     identity::{certificates::Certificates, workload::WorkloadResolver},
     lifecycle::Shutdown,
     policy::PolicyStore,
-    relay::{self, Counts, Endpoint as _},
+    relay::{self, Counts, Endpoint},
     telemetry::{
         Telemetry,
         record::{ConnectionRecord, Direction, Outcome, Side, Stage},
@@ -87,8 +86,8 @@ pub struct OutboundSettings {
 #[derive(Debug)]
 struct Asked<'a> {
     maker: Maker,
-    /// Where the maker connected to.
-    address: SocketAddr,
+    /// Where the maker connected to, if not to a Unix socket.
+    address: Option<SocketAddr>,
     wanted: Wanted<'a>,
 }
 
@@ -103,6 +102,32 @@ enum Wanted<'a> {
     Found(&'a Found),
 }
 
+/// Says of the connections of one listener who made them, and for what: step 3.
+trait Door<L: Listener>: Send + Sync + 'static {
+    /// An outcome if it cannot be told, or is nobody who may connect.
+    fn asked(
+        &self,
+        outbound: &Outbound,
+        downstream: &L::Stream,
+        peer: &L::Peer,
+    ) -> Result<Asked<'_>, Outcome>;
+}
+
+/// The door of capture listeners.
+#[derive(Debug)]
+struct Capture;
+
+impl Door<TcpListener> for Capture {
+    fn asked(
+        &self,
+        outbound: &Outbound,
+        downstream: &TcpStream,
+        peer: &SocketAddr,
+    ) -> Result<Asked<'_>, Outcome> {
+        outbound.capture(downstream, *peer)
+    }
+}
+
 impl Asked<'_> {
     /// Whether it is the agent itself, who looks if connects are captured.
     fn is_probe(&self) -> bool {
@@ -115,7 +140,13 @@ pub(crate) const DRAINED: &str = "drain deadline";
 
 impl Outbound {
     /// Serves one capture listener, or that of an explicit upstream, until draining starts.
-    async fn serve(self: Arc<Self>, listener: TcpListener, upstream: Option<Arc<Upstream>>) {
+    async fn serve<L>(self: Arc<Self>, listener: L, door: impl Door<L>)
+    where
+        L: Listener,
+        L::Stream: Endpoint + Send + Sync + 'static,
+        L::Peer: Send + Sync + 'static,
+    {
+        let door = Arc::new(door);
         let shutdown = self.shutdown.clone();
         accept_all(
             listener,
@@ -127,9 +158,9 @@ impl Outbound {
                     refuse_at_limit(&self.telemetry, Direction::Outbound, stream, None);
                     return;
                 };
-                let (outbound, upstream) = (Arc::clone(&self), upstream.clone());
+                let (outbound, door) = (Arc::clone(&self), Arc::clone(&door));
                 self.shutdown.spawn("outbound connection", async move {
-                    outbound.carry(stream, peer, upstream.as_deref()).await;
+                    outbound.carry(stream, &peer, &*door).await;
                     drop(slot);
                 });
             },
@@ -138,17 +169,13 @@ impl Outbound {
     }
 
     /// Carries one accepted connection to its end. Always leaves one access-log line, but for the agent's own probes.
-    async fn carry(
-        &self,
-        mut downstream: TcpStream,
-        peer: SocketAddr,
-        upstream: Option<&Upstream>,
-    ) {
+    async fn carry<L>(&self, mut downstream: L::Stream, peer: &L::Peer, door: &impl Door<L>)
+    where
+        L: Listener,
+        L::Stream: Endpoint,
+    {
         let mut record = ConnectionRecord::begin(&self.telemetry, Direction::Outbound);
-        let asked = match upstream {
-            None => self.capture(&downstream, peer),
-            Some(upstream) => upstream.asked(&downstream, peer),
-        };
+        let asked = door.asked(self, &downstream, peer);
         let outcome = match asked {
             Ok(asked) if asked.is_probe() => {
                 record.discard();
@@ -169,14 +196,16 @@ impl Outbound {
 
     async fn carry_asked(
         &self,
-        downstream: &mut TcpStream,
+        downstream: &mut impl Endpoint,
         asked: &Asked<'_>,
         record: &mut ConnectionRecord,
     ) -> Outcome {
         // Killed from here on, the agent leaves the application a reset and not an answer that seems empty.
         downstream.reset_on_close(true);
         let settings = **self.settings.load();
-        record.original_destination(asked.address);
+        if let Some(address) = asked.address {
+            record.original_destination(address);
+        }
         record.enter(Stage::Identity);
         let caller = match self.identify(&asked.maker).await {
             Ok(caller) => caller,
@@ -247,7 +276,7 @@ pub(crate) fn cut_outcome(connection: &crate::connections::Connection) -> Outcom
 pub(crate) fn refuse_at_limit(
     telemetry: &Telemetry,
     direction: Direction,
-    mut stream: TcpStream,
+    mut stream: impl Endpoint,
     peer: Option<SocketAddr>,
 ) {
     let mut record = ConnectionRecord::begin(telemetry, direction);

@@ -65,7 +65,7 @@ impl Outbound {
         match self.datapath.captured(downstream.as_fd()) {
             Ok(Some(captured)) => Ok(Asked {
                 maker: captured.maker,
-                address: captured.destination,
+                address: Some(captured.destination),
                 wanted: Wanted::Captured(captured),
             }),
             Ok(None) => {

@@ -1,7 +1,8 @@
-//! Explicit upstreams: a local port that stands for a service, as Consul's sidecars offer it.
+//! Explicit upstreams: a local port or Unix socket that stands for a service, as Consul's sidecars offer it.
 //!
-//! Who connects is found out as for captured connections, by what the kernel knows of the client's socket. The port
-//! only says whom the client wants; that it can be reached gives nobody an identity.
+//! Who connects is found out by what the kernel knows of the client: of its socket, as for captured connections, or at a
+//! Unix socket of its process ([`unix_client`](super::unix_client)). The address only says whom the client wants; that
+//! it can be reached gives nobody an identity.
 
 use std::{
     collections::BTreeMap,
@@ -11,19 +12,25 @@ use std::{
 };
 
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio_util::sync::CancellationToken;
 
-use super::{Asked, Outbound, Wanted};
+use super::{
+    Asked, Door, Outbound, Wanted,
+    unix_client::{self, UnixClients},
+    unix_socket::{self, BoundFile},
+};
 use crate::{
+    accept::Listener,
     catalog::{
         consul::found::{Finder, Found},
         model::ServiceName,
     },
-    consul::upstreams::Destination,
+    consul::upstreams::{Destination, Offer},
     datapath::{Maker, NetnsCookie},
+    relay::Endpoint,
     sock_diag::SockDiag,
-    sockets::{Kept, ListeningSockets, SocketKey},
+    sockets::{Kept, ListenAddress, ListeningSockets, SocketKey},
     telemetry::{
         log::chain,
         record::{Outcome, Side, Stage},
@@ -31,7 +38,7 @@ use crate::{
 };
 
 /// The kernel cuts this to `net.core.somaxconn`.
-const BACKLOG: i32 = 1024;
+pub(super) const BACKLOG: i32 = 1024;
 
 /// The listeners of explicit upstreams, in the network namespace of the agent.
 #[derive(Debug)]
@@ -39,22 +46,25 @@ pub struct UpstreamListeners {
     outbound: Arc<Outbound>,
     sockets: ListeningSockets,
     clients: Arc<SockDiag>,
+    /// Made for the first Unix socket.
+    unix_clients: Option<Arc<UnixClients>>,
     finder: Finder,
-    open: BTreeMap<SocketAddr, OpenUpstream>,
+    open: BTreeMap<ListenAddress, OpenUpstream>,
 }
 
 #[derive(Debug)]
 struct OpenUpstream {
-    destination: Destination,
+    offer: Offer,
     closed: CancellationToken,
     _kept: Kept,
+    _file: Option<BoundFile>,
 }
 
-/// An upstream whose port cannot be opened.
+/// An upstream that cannot be opened.
 #[derive(Debug, thiserror::Error)]
 #[error("listen at {address} for the upstream {destination}")]
 pub struct UpstreamError {
-    address: SocketAddr,
+    address: ListenAddress,
     destination: Destination,
     #[source]
     source: io::Error,
@@ -74,6 +84,7 @@ impl UpstreamListeners {
             outbound,
             sockets,
             clients: Arc::new(SockDiag::open()?),
+            unix_clients: None,
             finder,
             open: BTreeMap::new(),
         })
@@ -81,36 +92,42 @@ impl UpstreamListeners {
 
     /// Opens and closes listeners to match `wanted`: what is reached where. Returns what could not be opened; it is
     /// tried again at the next call. Connections of a closed listener live on.
-    pub fn follow(&mut self, wanted: &BTreeMap<SocketAddr, Destination>) -> Vec<UpstreamError> {
-        self.finder.follow(wanted.values());
+    pub fn follow(&mut self, wanted: &BTreeMap<ListenAddress, Offer>) -> Vec<UpstreamError> {
+        self.finder
+            .follow(wanted.values().map(|offer| &offer.destination));
         self.open.retain(|address, open| {
-            let keep = wanted.get(address) == Some(&open.destination);
+            let keep = wanted.get(address) == Some(&open.offer);
             if !keep {
                 open.closed.cancel();
-                tracing::info!(%address, destination = %open.destination, "upstream closed");
+                tracing::info!(%address, destination = %open.offer.destination, "upstream closed");
             }
             keep
         });
         let mut failed = Vec::new();
-        for (address, destination) in wanted {
-            if !self.open.contains_key(address)
-                && let Err(source) = self.start(*address, destination)
-            {
-                failed.push(UpstreamError {
-                    address: *address,
-                    destination: destination.clone(),
+        for (address, offer) in wanted {
+            if self.open.contains_key(address) {
+                continue;
+            }
+            match self.start(address, offer) {
+                Ok(open) => {
+                    tracing::info!(%address, destination = %offer.destination, "upstream open");
+                    self.open.insert(address.clone(), open);
+                }
+                Err(source) => failed.push(UpstreamError {
+                    address: address.clone(),
+                    destination: offer.destination.clone(),
                     source,
-                });
+                }),
             }
         }
         failed
     }
 
     /// What is open.
-    pub fn list(&self) -> impl Iterator<Item = (SocketAddr, &Destination)> {
+    pub fn list(&self) -> impl Iterator<Item = (&ListenAddress, &Destination)> {
         self.open
             .iter()
-            .map(|(address, open)| (*address, &open.destination))
+            .map(|(address, open)| (address, &open.offer.destination))
     }
 
     /// What open ones lead to beside the catalog.
@@ -118,49 +135,69 @@ impl UpstreamListeners {
         self.finder.all()
     }
 
-    fn start(&mut self, address: SocketAddr, destination: &Destination) -> io::Result<()> {
-        let leads_to = match (self.finder.found(destination), destination) {
+    fn start(&mut self, address: &ListenAddress, offer: &Offer) -> io::Result<OpenUpstream> {
+        let leads_to = match (self.finder.found(&offer.destination), &offer.destination) {
             (Some(found), _) => LeadsTo::Found(found),
             (None, Destination::Service(name)) => LeadsTo::Service(name.clone()),
             (None, Destination::Query(_)) => {
                 return Err(io::Error::other("nobody asks Consul for it"));
             }
         };
-        let key = SocketKey::here(address)?;
-        let (listener, kept) = self.sockets.listen(key, || listen(address))?;
-        let listener = TcpListener::from_std(listener)?;
+        let key = SocketKey::here(address.clone())?;
         let closed = CancellationToken::new();
-        let upstream = Arc::new(Upstream {
-            leads_to,
-            netns: key.netns,
-            clients: Arc::clone(&self.clients),
-        });
-        let (outbound, ended) = (Arc::clone(&self.outbound), closed.clone());
-        self.outbound
-            .shutdown
-            .spawn("upstream listener", async move {
-                tokio::select! {
-                    () = ended.cancelled() => {}
-                    () = outbound.serve(listener, Some(upstream)) => {}
-                }
-            });
-        tracing::info!(%address, %destination, "upstream open");
-        let open = OpenUpstream {
-            destination: destination.clone(),
+        let (kept, file) = match address {
+            ListenAddress::Tcp(address) => {
+                let upstream = TcpUpstream {
+                    leads_to,
+                    netns: key.netns,
+                    clients: Arc::clone(&self.clients),
+                };
+                let (listener, kept) = self.sockets.listen(key, || listen(*address))?;
+                let listener = TcpListener::from_std(listener)?;
+                self.serve(listener, upstream, closed.clone());
+                (kept, None)
+            }
+            ListenAddress::Unix(path) => {
+                let clients = self.unix_clients()?;
+                let (listener, kept, file) =
+                    unix_socket::listen(&self.sockets, key, path, offer.mode)?;
+                let listener = UnixListener::from_std(listener)?;
+                let upstream = UnixUpstream { leads_to, clients };
+                self.serve(listener, upstream, closed.clone());
+                (kept, Some(file))
+            }
+        };
+        Ok(OpenUpstream {
+            offer: offer.clone(),
             closed,
             _kept: kept,
-        };
-        self.open.insert(address, open);
-        Ok(())
+            _file: file,
+        })
     }
-}
 
-/// What a connection to one of the listeners asks for.
-#[derive(Debug)]
-pub(super) struct Upstream {
-    leads_to: LeadsTo,
-    netns: NetnsCookie,
-    clients: Arc<SockDiag>,
+    fn unix_clients(&mut self) -> io::Result<Arc<UnixClients>> {
+        if let Some(clients) = &self.unix_clients {
+            return Ok(Arc::clone(clients));
+        }
+        let clients = UnixClients::new().map_err(io::Error::other)?;
+        Ok(Arc::clone(self.unix_clients.insert(Arc::new(clients))))
+    }
+
+    fn serve<L>(&self, listener: L, upstream: impl Door<L>, closed: CancellationToken)
+    where
+        L: Listener + Send + Sync + 'static,
+        L::Stream: Endpoint + Send + Sync + 'static,
+        L::Peer: Send + Sync + 'static,
+    {
+        let outbound = Arc::clone(&self.outbound);
+        let serving = async move {
+            tokio::select! {
+                () = closed.cancelled() => {}
+                () = outbound.serve(listener, upstream) => {}
+            }
+        };
+        self.outbound.shutdown.spawn("upstream listener", serving);
+    }
 }
 
 #[derive(Debug)]
@@ -171,34 +208,38 @@ enum LeadsTo {
     Found(Arc<Found>),
 }
 
-impl Upstream {
+impl LeadsTo {
     fn wanted(&self) -> Wanted<'_> {
-        match &self.leads_to {
-            LeadsTo::Service(name) => Wanted::Service(name),
-            LeadsTo::Found(found) => Wanted::Found(found),
+        match self {
+            Self::Service(name) => Wanted::Service(name),
+            Self::Found(found) => Wanted::Found(found),
         }
     }
+}
 
-    /// Step 3 for a connection to the listener: who its maker is, as the programs would have recorded it.
-    pub(super) fn asked(
+/// The door of an upstream at a port.
+#[derive(Debug)]
+struct TcpUpstream {
+    leads_to: LeadsTo,
+    netns: NetnsCookie,
+    clients: Arc<SockDiag>,
+}
+
+impl Door<TcpListener> for TcpUpstream {
+    fn asked(
         &self,
+        _outbound: &Outbound,
         downstream: &TcpStream,
-        client: SocketAddr,
+        client: &SocketAddr,
     ) -> Result<Asked<'_>, Outcome> {
-        let failed = |side, error| Outcome::Failed {
-            stage: Stage::Capture,
-            side,
-            error,
-        };
-        let internal =
-            |error: &dyn std::error::Error| failed(Side::Internal, chain(error).to_string());
+        let internal = |error: &dyn std::error::Error| not_told(Side::Internal, &chain(error));
         let local = downstream.local_addr().map_err(|error| internal(&error))?;
-        let owner = self.clients.socket_of(client, local);
+        let owner = self.clients.socket_of(*client, local);
         let Some(owner) = owner.map_err(|error| internal(&error))? else {
             let error = format!(
                 "the kernel does not tell whose socket {client} is: it is of another network namespace, or closed"
             );
-            return Err(failed(Side::Downstream, error));
+            return Err(not_told(Side::Downstream, &error));
         };
         Ok(Asked {
             maker: Maker {
@@ -208,9 +249,49 @@ impl Upstream {
                 // The kernel does not say, and it decides nothing.
                 process: 0,
             },
-            address: local,
-            wanted: self.wanted(),
+            address: Some(local),
+            wanted: self.leads_to.wanted(),
         })
+    }
+}
+
+/// The door of an upstream at a Unix socket.
+#[derive(Debug)]
+struct UnixUpstream {
+    leads_to: LeadsTo,
+    clients: Arc<UnixClients>,
+}
+
+impl Door<UnixListener> for UnixUpstream {
+    fn asked(
+        &self,
+        outbound: &Outbound,
+        downstream: &UnixStream,
+        (): &(),
+    ) -> Result<Asked<'_>, Outcome> {
+        let by_namespace = !outbound.workloads.namespaces().is_empty();
+        let maker = self.clients.maker_of(downstream, by_namespace);
+        let maker = maker.map_err(|error| {
+            let side = if matches!(error, unix_client::UnixClientError::Gone) {
+                Side::Downstream
+            } else {
+                Side::Internal
+            };
+            not_told(side, &chain(&error))
+        })?;
+        Ok(Asked {
+            maker,
+            address: None,
+            wanted: self.leads_to.wanted(),
+        })
+    }
+}
+
+fn not_told(side: Side, error: &dyn std::fmt::Display) -> Outcome {
+    Outcome::Failed {
+        stage: Stage::Capture,
+        side,
+        error: error.to_string(),
     }
 }
 

@@ -21,7 +21,7 @@ use std::{
 use socket2::SockRef;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::TcpStream,
+    net::{TcpStream, UnixStream},
     time::{Instant, Sleep},
 };
 
@@ -65,6 +65,15 @@ impl Endpoint for TcpStream {
             tracing::debug!(error = %chain(&error), "reset on close not changed");
         }
     }
+
+    fn pending_error(&mut self) -> Option<io::Error> {
+        self.take_error().ok().flatten()
+    }
+}
+
+/// A Unix socket knows no reset: however it is closed, the other end reads an end of stream (unix(7)).
+impl Endpoint for UnixStream {
+    fn abort(&mut self) {}
 
     fn pending_error(&mut self) -> Option<io::Error> {
         self.take_error().ok().flatten()

@@ -33,7 +33,7 @@ use super::{
     answers::{AgentServices, ServiceEntry},
     judge::{Before, Doubt, Verdict, judge},
     position::{Pace, PaceLimits},
-    upstreams::{Destination, Upstreams, upstreams},
+    upstreams::{Offer, Upstreams, upstreams},
 };
 use crate::{
     catalog::model::{Instance, InstanceId, ServiceName},
@@ -43,6 +43,7 @@ use crate::{
     },
     lifecycle::Shutdown,
     sock_diag::SockDiag,
+    sockets::ListenAddress,
     telemetry::log::chain,
 };
 
@@ -90,7 +91,7 @@ pub struct Registrar {
     sockets: Option<SockDiag>,
     known: Known,
     instances: watch::Sender<LocalInstances>,
-    upstreams: watch::Sender<BTreeMap<SocketAddr, Destination>>,
+    upstreams: watch::Sender<BTreeMap<ListenAddress, Offer>>,
     listening: watch::Receiver<BTreeSet<u16>>,
     status: Arc<Mutex<RegistrarStatus>>,
     reading: Pace,
@@ -144,7 +145,7 @@ enum Place {
 #[derive(Debug)]
 pub struct LocalServices {
     instances: watch::Receiver<LocalInstances>,
-    upstreams: watch::Receiver<BTreeMap<SocketAddr, Destination>>,
+    upstreams: watch::Receiver<BTreeMap<ListenAddress, Offer>>,
     listening: watch::Sender<BTreeSet<u16>>,
     status: Arc<Mutex<RegistrarStatus>>,
 }
@@ -156,7 +157,7 @@ impl LocalServices {
     }
 
     /// The explicit upstreams that sidecars are registered with, by the address to listen at.
-    pub fn upstreams(&self) -> watch::Receiver<BTreeMap<SocketAddr, Destination>> {
+    pub fn upstreams(&self) -> watch::Receiver<BTreeMap<ListenAddress, Offer>> {
         self.upstreams.clone()
     }
 
