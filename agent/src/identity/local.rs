@@ -33,11 +33,6 @@ impl LocalDomain {
         }
     }
 
-    /// The datacenter.
-    pub fn datacenter(&self) -> &str {
-        &self.datacenter
-    }
-
     /// The identity of a service here.
     pub fn identity_of(&self, service: &ServiceName) -> SpiffeId {
         SpiffeId::service(&self.trust_domain, &self.datacenter, service)
