@@ -18,6 +18,7 @@ mod agent;
 mod api;
 mod faults;
 mod mesh;
+mod newer;
 mod proxy;
 
 use std::{
@@ -34,6 +35,7 @@ pub use self::{
     api::{Answer, Api, Leaf, Tls},
     faults::{Canned, Fault, Faults, Rule},
     mesh::{ConsulMesh, narrow_policy, policy},
+    newer::NewerConsul,
     proxy::{BuiltInProxy, sidecar_for},
 };
 use crate::{

@@ -45,6 +45,7 @@ pub const TOPIC: Topic = Topic {
         migration::explicit_upstreams_go_on: "upstreams with a local port, as sidecars had them, go on without the sidecar, and are the caller's own";
         migration::a_service_goes_from_sidecars_to_us_and_back: "a service goes from sidecars to Sidestep and back, one step after the other";
         upstreams::a_prepared_query_is_followed: "an upstream that is a prepared query leads where the query's answer says, and not where an intention denies";
+        upstreams::a_unix_socket_is_offered: "an upstream at a Unix socket is the caller's own by its process, and outlives the agent's kill and upgrade";
         shapes::every_way_of_tls_is_served: "raw TCP that the server begins is served over TLS 1.2 and 1.3, with and without a server name, whatever ALPN is offered";
         shapes::a_tcp_health_check_is_no_call: "connections that open and close, as Consul's TCP checks, reach no application and are no failure";
         shapes::a_denied_peer_sees_no_banner: "a peer that an intention denies reads nothing, and no connection is opened to the application";

@@ -1,15 +1,20 @@
 //! What sidecars offered their applications beside ports for services.
 
-use anyhow::{Context as _, Result};
+use std::{fs, path::Path};
+
+use anyhow::{Context as _, Result, ensure};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use super::intentions::allows;
 use crate::{
     claims::{Finding, Size},
-    consul::{ConsulMesh, sidecar_for},
+    consul::{ConsulMesh, NewerConsul, sidecar_for},
     mesh::local,
+    program::Program,
     services,
     wait::{SOON, Stopwatch, wait_for_value},
+    workload::Workload,
 };
 
 /// Where `shop`'s sidecar would be; none runs.
@@ -36,11 +41,11 @@ fn with_upstreams(mesh: &ConsulMesh, upstreams: &Value) -> Result<()> {
     }))
 }
 
-/// Has `shop` ask `url` until it reads `expected`. Returns how many milliseconds that took.
-fn until_read(mesh: &ConsulMesh, url: &str, expected: &str) -> Result<u128> {
+/// Has `curl` ask until it reads `expected`. Returns how many milliseconds that took.
+fn until_read(mesh: &ConsulMesh, curl: &Program, expected: &str) -> Result<u128> {
     let clock = Stopwatch::start();
-    wait_for_value(&format!("{expected} at {url}"), SOON, || {
-        let page = mesh.shop.curl(url).run(SOON).unwrap_or_default();
+    wait_for_value(&format!("{expected} by {}", curl.line()), SOON, || {
+        let page = curl.run(SOON).unwrap_or_default();
         Ok((page.trim() == expected).then(|| clock.elapsed().as_millis()))
     })
     .with_context(|| mesh.said())
@@ -69,9 +74,10 @@ pub(super) fn a_prepared_query_is_followed(_size: Size) -> Result<Finding> {
     mesh.api().intend("shop", "vault", "deny")?;
     mesh.start()?;
     let url = format!("http://{}/", local(PAGES));
-    until_read(&mesh, &url, "old")?;
+    let curl = mesh.shop.curl(&url);
+    until_read(&mesh, &curl, "old")?;
     mesh.api().put(&path, &query("web", "new"))?;
-    let changed = until_read(&mesh, &url, "new")?;
+    let changed = until_read(&mesh, &curl, "new")?;
     // Tags narrow what is called: the other instance is healthy all the time.
     let others = (0..20).filter(|_| {
         mesh.shop
@@ -84,7 +90,7 @@ pub(super) fn a_prepared_query_is_followed(_size: Size) -> Result<Finding> {
     mesh.api().put(&path, &query("vault", "gold"))?;
     let denied = wait_for_value("a denial", SOON, || {
         let seen = mesh.lab.a.access_log().len();
-        if mesh.shop.curl(&url).run(SOON).is_ok() {
+        if curl.run(SOON).is_ok() {
             return Ok(None);
         }
         let line = mesh.lab.a.wait_for_access_log(seen, &["svc/shop"])?;
@@ -95,13 +101,79 @@ pub(super) fn a_prepared_query_is_followed(_size: Size) -> Result<Finding> {
     wait_for_value("leave", SOON, || {
         Ok(allows(&mesh.lab.a, "shop", "vault")?.then_some(()))
     })?;
-    let allowed = until_read(&mesh, &url, "gold").is_ok();
+    let allowed = until_read(&mesh, &curl, "gold").is_ok();
     Ok(Finding::new(
         others == 0 && allowed && denied.contains("vault"),
         format!(
             "curl at {url} got the instance that the query chose by its tag, and {changed} ms after the query changed the \
              other one, {others} times the wrong one; led to a service that an intention denies, it got nothing ({denied}), \
              and with leave its page"
+        ),
+    ))
+}
+
+/// The process that `client` connects with is what the agent goes by, so the socket is curl's alone.
+fn by_socket(client: &Workload, socket: &Path) -> Program {
+    let curl = client.curl("http://web/");
+    curl.arg("--unix-socket").arg(socket)
+}
+
+pub(super) fn a_unix_socket_is_offered(_size: Size) -> Result<Finding> {
+    let mut mesh = ConsulMesh::dev("c-unix")?;
+    page(&mut mesh, "web", "page", 8_081)?;
+    let _newer = NewerConsul::start(&mesh.lab.a)?;
+    let address = format!("address = \"{}\"", NewerConsul::HTTP);
+    mesh.lab.a.use_consul(&address);
+    let socket = mesh.shop.directory().join("web.sock");
+    let fields = json!({ "LocalBindSocketPath": socket, "LocalBindSocketMode": "0600" });
+    with_upstreams(
+        &mesh,
+        &json!([{ "DestinationName": "web", "LocalBindPort": PAGES, "Config": fields }]),
+    )?;
+    mesh.api().intend("guest", "web", "deny")?;
+    mesh.start()?;
+    let [shop, guest] = [&mesh.shop, &mesh.guest].map(|client| by_socket(client, &socket));
+    until_read(&mesh, &shop, "page")?;
+    wait_for_value("the denial", SOON, || {
+        Ok((!allows(&mesh.lab.a, "guest", "web")?).then_some(()))
+    })?;
+    let seen = mesh.lab.a.access_log().len();
+    let refused = guest.run(SOON).is_err();
+    let denied = mesh.lab.a.wait_for_access_log(seen, &["svc/guest"])?;
+
+    // Killed, it leaves its socket to the next one; stopped, it leaves none.
+    mesh.lab.a.kill_agent();
+    ensure!(fs::exists(&socket)?, "a killed agent's socket is gone");
+    mesh.lab.a.start_agent()?;
+    mesh.lab.a.wait_until_ready()?;
+    until_read(&mesh, &shop, "page")?;
+    mesh.lab.a.signal_agent(Signal::TERM)?;
+    mesh.lab.a.wait_for_agent_end(SOON)?;
+    let left = fs::exists(&socket)?;
+    mesh.lab.a.start_agent()?;
+    mesh.lab.a.wait_until_ready()?;
+    until_read(&mesh, &shop, "page")?;
+
+    let log = mesh.lab.a.directory().join("upgrade.log");
+    let mut upgrade = mesh.lab.a.sidestep(&["upgrade"])?.log(&log).spawn()?;
+    let mut served = vec![];
+    let status = loop {
+        let ended = upgrade.ended()?;
+        // Once more after the end: only the next agent serves then.
+        served.push(shop.run(SOON).is_ok_and(|page| page.trim() == "page"));
+        if let Some(status) = ended {
+            break status;
+        }
+    };
+    ensure!(status.success(), "{}", fs::read_to_string(&log)?);
+    let good = served.iter().filter(|served| **served).count();
+    Ok(Finding::new(
+        refused && denied.contains("outcome=denied") && !left && good == served.len(),
+        format!(
+            "curl of shop got the page by the socket, that of guest nothing ({denied}); it goes on after the agent was \
+             killed, {} after it stopped, and {good} of {} calls were served during an upgrade",
+            if left { "is left" } else { "is gone" },
+            served.len()
         ),
     ))
 }
