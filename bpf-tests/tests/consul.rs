@@ -21,6 +21,7 @@ test_claims! {
     a_service_goes_from_sidecars_to_us_and_back
     a_prepared_query_is_followed
     a_unix_socket_is_offered
+    another_datacenter_is_reached
     every_way_of_tls_is_served
     a_tcp_health_check_is_no_call
     a_denied_peer_sees_no_banner

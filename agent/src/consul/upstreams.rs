@@ -18,6 +18,13 @@ pub enum Destination {
     Service(ServiceName),
     /// What a prepared query of this name or id finds.
     Query(Arc<str>),
+    /// A service of another datacenter.
+    Elsewhere {
+        /// The service.
+        service: ServiceName,
+        /// Where it is.
+        datacenter: Arc<str>,
+    },
 }
 
 impl fmt::Display for Destination {
@@ -25,6 +32,10 @@ impl fmt::Display for Destination {
         match self {
             Self::Service(name) => name.fmt(f),
             Self::Query(name) => write!(f, "prepared query {name:?}"),
+            Self::Elsewhere {
+                service,
+                datacenter,
+            } => write!(f, "{service} of datacenter {datacenter}"),
         }
     }
 }
@@ -81,12 +92,6 @@ pub fn upstreams<'a>(
 }
 
 fn read(upstream: &Upstream, datacenter: &str) -> Result<(ListenAddress, Offer), String> {
-    if !matches!(upstream.datacenter.as_str(), "") && upstream.datacenter != datacenter {
-        return Err(format!(
-            "it is in datacenter {:?}: only a service-resolver leads to other datacenters",
-            upstream.datacenter
-        ));
-    }
     if !upstream.destination_peer.is_empty() {
         return Err("other clusters are not supported".to_owned());
     }
@@ -95,8 +100,22 @@ fn read(upstream: &Upstream, datacenter: &str) -> Result<(ListenAddress, Offer),
         return Err(format!("namespace {namespace:?} is not supported"));
     }
     let name = &upstream.destination_name;
+    let elsewhere = Some(upstream.datacenter.as_str())
+        .filter(|elsewhere| !elsewhere.is_empty() && *elsewhere != datacenter);
     let destination = match upstream.destination_type.as_str() {
-        "" | "service" => Destination::Service(name.parse().map_err(|error| format!("{error}"))?),
+        "" | "service" => {
+            let service = name.parse().map_err(|error| format!("{error}"))?;
+            match elsewhere {
+                Some(datacenter) => Destination::Elsewhere {
+                    service,
+                    datacenter: datacenter.into(),
+                },
+                None => Destination::Service(service),
+            }
+        }
+        "prepared_query" if elsewhere.is_some() => {
+            return Err("prepared queries of other datacenters are not supported".to_owned());
+        }
         // Consul finds it by name and by id, and takes any text for a name.
         "prepared_query" if !name.is_empty() => Destination::Query(name.as_str().into()),
         kind => {
@@ -162,6 +181,7 @@ mod tests {
                     {"DestinationType":"service","DestinationName":"cache","Datacenter":"dc1",
                      "LocalBindAddress":"127.0.0.2","LocalBindPort":9191},
                     {"DestinationName":"db","LocalBindSocketPath":"/run/db","LocalBindSocketMode":"0640"},
+                    {"DestinationName":"db","Datacenter":"dc2","LocalBindPort":9193},
                     {"DestinationName":"implicit"}]"#,
             ),
             entry(
@@ -182,6 +202,7 @@ mod tests {
             [
                 "127.0.0.1:9191 db None",
                 "127.0.0.1:9192 prepared query \"to db\" None",
+                "127.0.0.1:9193 db of datacenter dc2 None",
                 "127.0.0.2:9191 cache None",
                 "/run/db db Some(416)"
             ]
@@ -209,8 +230,8 @@ mod tests {
                 "\"rw\" is no mode",
             ),
             (
-                r#"{"DestinationName":"db","Datacenter":"dc2","LocalBindPort":1}"#,
-                "it is in datacenter \"dc2\"",
+                r#"{"DestinationType":"prepared_query","DestinationName":"q","Datacenter":"dc2","LocalBindPort":1}"#,
+                "prepared queries of other",
             ),
             (
                 r#"{"DestinationName":"db","DestinationPeer":"east","LocalBindPort":1}"#,

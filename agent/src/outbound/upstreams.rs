@@ -139,7 +139,7 @@ impl UpstreamListeners {
         let leads_to = match (self.finder.found(&offer.destination), &offer.destination) {
             (Some(found), _) => LeadsTo::Found(found),
             (None, Destination::Service(name)) => LeadsTo::Service(name.clone()),
-            (None, Destination::Query(_)) => {
+            (None, Destination::Query(_) | Destination::Elsewhere { .. }) => {
                 return Err(io::Error::other("nobody asks Consul for it"));
             }
         };

@@ -84,6 +84,14 @@ impl ConsulMesh {
         Ok(mesh)
     }
 
+    /// With [`Consul::datacenters`]: the callers in `dc1`, the services in `dc2`.
+    ///
+    /// # Errors
+    /// If Consul does not start.
+    pub fn datacenters(purpose: &str) -> Result<Self> {
+        Self::new(Lab::new(purpose)?, Consul::datacenters)
+    }
+
     fn new(mut lab: Lab, start: impl FnOnce(&Lab) -> Result<Consul>) -> Result<Self> {
         let shop = lab.a.add_stranger("shop")?;
         let guest = lab.a.add_stranger("guest")?;

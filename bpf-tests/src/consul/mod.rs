@@ -101,6 +101,47 @@ impl Consul {
         consul.start()
     }
 
+    /// A datacenter on each node, both in memory: `dc1` on node a, the primary one, and `dc2` on node b. HTTP,
+    /// everything allowed.
+    ///
+    /// # Errors
+    /// If they do not start or do not find each other; with what they said.
+    pub fn datacenters(lab: &Lab) -> Result<Self> {
+        let door = Door {
+            base: HTTP,
+            tls: None,
+            token: None,
+        };
+        let server = |node: &Node, datacenter: &str| {
+            let bind = format!("-bind={}", node.address());
+            let arguments = ["-dev", &bind, "-log-level=info", "-dns-port=-1"];
+            let configuration = json!({
+                "datacenter": datacenter,
+                "primary_datacenter": "dc1",
+                "retry_join_wan": [lab.a.address()],
+                "retry_interval_wan": "1s",
+            });
+            Agent::new(node, node.name(), &arguments, &configuration, &door)
+        };
+        let mut consul = Self {
+            agents: vec![server(&lab.a, "dc1")?, server(&lab.b, "dc2")?],
+            servers: 1,
+            on_a: 0,
+            tls: None,
+        };
+        for agent in &mut consul.agents {
+            agent.start()?;
+            let own = agent.name().to_owned();
+            agent.wait_until_ready(&[&own])?;
+        }
+        wait_for_value("one trust domain", READY, || {
+            let trust_domain = |agent: &Agent| agent.api().trust_domain();
+            let is_one = trust_domain(consul.a())? == trust_domain(consul.b())?;
+            Ok(is_one.then_some(()))
+        })?;
+        Ok(consul)
+    }
+
     /// Three servers and a client agent on each node: HTTPS with certificates on both sides, ACLs that deny what they do
     /// not allow. The clients serve their API at [`Consul::socket`], too. What [`Consul::a`] and the others' APIs do they do with every right.
     ///

@@ -1,4 +1,5 @@
-//! What explicit upstreams lead to beside the catalog: the instances that a prepared query finds.
+//! What explicit upstreams lead to beside the catalog: the instances that a prepared query finds, and those of a service
+//! in another datacenter.
 //!
 //! Consul cannot wait for a change of a query's answer, so it is asked at intervals. Each answer stands for itself: it
 //! names the service, the datacenter and the instances that are left after tags, `OnlyPassing`, `Limit` and failover.
@@ -12,7 +13,7 @@ use std::{
 
 use arc_swap::ArcSwapOption;
 use parking_lot::Mutex;
-use serde::Deserialize;
+use serde::{Deserialize, de::DeserializeOwned};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -24,7 +25,7 @@ use super::{
 use crate::{
     catalog::model::{Health, Instance, Ports, Service, ServiceDefaults, ServiceName, Target},
     consul::{
-        Client, Event, Request, Watch, WatchSettings,
+        Client, ConsulError, Event, Request, Watch, WatchSettings,
         answers::{HealthEntry, List},
         judge::{Content, Doubt},
         position::{Pace, PaceLimits},
@@ -114,10 +115,9 @@ impl Finder {
         self.followed
             .retain(|destination, _| wanted.contains(destination));
         for destination in wanted {
-            if let Destination::Query(name) = destination
-                && !self.followed.contains_key(destination)
+            if !self.followed.contains_key(destination)
+                && let Some(followed) = self.start(destination)
             {
-                let followed = self.start(destination, name);
                 self.followed.insert(destination.clone(), followed);
             }
         }
@@ -134,13 +134,31 @@ impl Finder {
         self.followed.values().map(|followed| &*followed.found)
     }
 
-    fn start(&self, destination: &Destination, name: &str) -> Followed {
-        let request = Request::to(&["v1", "query", name, "execute"]).with("connect", "true");
-        let watch = Watch::new(self.client.clone(), request, WatchSettings::default());
+    /// `None` if the catalog has it.
+    fn start(&self, destination: &Destination) -> Option<Followed> {
+        let asking = match destination {
+            Destination::Service(_) => return None,
+            Destination::Query(name) => {
+                let request =
+                    Request::to(&["v1", "query", name, "execute"]).with("connect", "true");
+                Asking::Query(self.watch(request))
+            }
+            Destination::Elsewhere {
+                service,
+                datacenter,
+            } => {
+                let request = Request::to(&["v1", "health", "connect", service.as_str()]);
+                Asking::Elsewhere {
+                    watch: self.watch(request.with("dc", &**datacenter)),
+                    service: service.clone(),
+                    datacenter: Arc::clone(datacenter),
+                }
+            }
+        };
         let found = Arc::new(Found {
             destination: destination.clone(),
             service: ArcSwapOption::empty(),
-            status: watch.status(),
+            status: asking.status(),
             problems: Mutex::default(),
         });
         let until = CancellationToken::new();
@@ -150,19 +168,84 @@ impl Finder {
             poll: self.poll,
             found: Arc::clone(&found),
             before: Arc::default(),
+            is_seen: false,
         };
         let (ended, shutdown) = (until.clone(), self.shutdown.clone());
-        self.shutdown.spawn_service("prepared query", async move {
+        self.shutdown.spawn_service("upstream", async move {
             tokio::select! {
                 () = ended.cancelled() => {}
                 () = shutdown.stopped() => {}
-                () = following.run(watch) => {}
+                () = following.run(asking) => {}
             }
         });
-        Followed {
+        Some(Followed {
             found,
             _until: until.drop_guard(),
+        })
+    }
+
+    fn watch<T: DeserializeOwned + PartialEq + Content>(&self, request: Request) -> Watch<T> {
+        Watch::new(self.client.clone(), request, WatchSettings::default())
+    }
+}
+
+/// What Consul is asked for.
+enum Asking {
+    /// It answers at once.
+    Query(Watch<Answer>),
+    /// It waits for a change.
+    Elsewhere {
+        watch: Watch<Endpoints>,
+        service: ServiceName,
+        datacenter: Arc<str>,
+    },
+}
+
+/// There is no answer, or none to believe. The watch has the reason in its status.
+struct Unanswered;
+
+impl Asking {
+    fn status(&self) -> Arc<Mutex<WatchStatus>> {
+        match self {
+            Self::Query(watch) => watch.status(),
+            Self::Elsewhere { watch, .. } => watch.status(),
         }
+    }
+
+    /// The next answer, `None` if it is the same as the last one. With `may_wait` it is asked for as things are
+    /// expected to go on, and else at once.
+    async fn next(&mut self, may_wait: bool) -> Result<Option<Arc<Answer>>, Unanswered> {
+        match self {
+            Self::Query(watch) => told(watch.read().await),
+            Self::Elsewhere {
+                watch,
+                service,
+                datacenter,
+            } => {
+                let event = if may_wait {
+                    Some(watch.next().await)
+                } else {
+                    watch.read().await
+                };
+                let nodes = told(event)?;
+                let answer = |nodes: Arc<Endpoints>| Answer {
+                    service: service.to_string(),
+                    datacenter: datacenter.to_string(),
+                    peer: String::new(),
+                    is_chosen: false,
+                    nodes: (*nodes).clone(),
+                };
+                Ok(nodes.map(answer).map(Arc::new))
+            }
+        }
+    }
+}
+
+fn told<T>(event: Option<Event<T>>) -> Result<Option<Arc<T>>, Unanswered> {
+    match event {
+        Some(Event::Changed(answer)) => Ok(Some(answer.body)),
+        None => Ok(None),
+        Some(Event::Doubtful(_) | Event::Failed(_)) => Err(Unanswered),
     }
 }
 
@@ -173,48 +256,74 @@ struct Following {
     poll: Duration,
     found: Arc<Found>,
     /// The answer in force.
-    before: Arc<QueryAnswer>,
+    before: Arc<Answer>,
+    /// Nobody is there any more, and the token may see who was.
+    is_seen: bool,
+}
+
+/// What became of an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Taken {
+    InForce,
+    /// It is to be asked for once more: only one that was given after the rights were looked at counts.
+    Again,
+    Not,
 }
 
 impl Following {
-    async fn run(mut self, mut watch: Watch<QueryAnswer>) {
+    async fn run(mut self, mut asking: Asking) {
         let mut pace = Pace::new(RETRY, Instant::now());
         // Answered, and not in force yet.
-        let mut unsettled: Option<Arc<QueryAnswer>> = None;
+        let mut unsettled: Option<Arc<Answer>> = None;
         loop {
-            let answered = match watch.read().await {
-                Some(Event::Changed(answer)) => {
-                    unsettled = Some(answer.body);
-                    true
-                }
-                None => true,
-                Some(Event::Doubtful(_) | Event::Failed(_)) => false,
-            };
-            if let Some(answer) = unsettled.take()
-                && !self.take(&answer).await
-            {
-                unsettled = Some(answer);
+            let answered = asking.next(unsettled.is_none()).await;
+            if !matches!(answered, Ok(None)) {
+                self.is_seen = false;
             }
+            let taken = match answered {
+                Ok(new) => {
+                    unsettled = new.or(unsettled);
+                    match &unsettled {
+                        Some(answer) => self.take(answer).await,
+                        None => Taken::InForce,
+                    }
+                }
+                Err(Unanswered) => Taken::Not,
+            };
             let random = fastrand::f64();
-            let pause = if answered && unsettled.is_none() {
-                pace.after_answer(Instant::now(), random);
-                self.poll.mul_f64(0.75 + random / 2.0)
-            } else {
-                pace.after_failure(random).min(self.poll)
+            let pause = match (taken, &asking) {
+                (Taken::InForce, asking) => {
+                    unsettled = None;
+                    pace.after_answer(Instant::now(), random);
+                    match asking {
+                        Asking::Query(_) => self.poll.mul_f64(0.75 + random / 2.0),
+                        Asking::Elsewhere { .. } => Duration::ZERO,
+                    }
+                }
+                (Taken::Again, _) => Duration::ZERO,
+                (Taken::Not, _) => pace.after_failure(random).min(self.poll),
             };
             sleep(pause).await;
         }
     }
 
     /// Puts an answer in force, if it can be.
-    async fn take(&mut self, answer: &Arc<QueryAnswer>) -> bool {
-        let service = match self.judge(answer).await {
+    async fn take(&mut self, answer: &Arc<Answer>) -> Taken {
+        let service = match answer.found(&self.datacenter) {
             Ok(service) => service,
-            Err(problem) => {
-                *self.found.problems.lock() = vec![problem];
-                return false;
-            }
+            Err(problem) => return self.refuse(problem),
         };
+        // A token that lost its rights is answered as if nobody were there.
+        if answer.is_empty() && !self.before.is_empty() && !self.is_seen {
+            return match self.sees().await {
+                Ok(true) => {
+                    self.is_seen = true;
+                    Taken::Again
+                }
+                Ok(false) => self.refuse(Doubt::LostRights.to_string()),
+                Err(error) => self.refuse(chain(&error).to_string()),
+            };
+        }
         let (before, now) = (&self.before, answer);
         if (&before.service, &before.datacenter) != (&now.service, &now.datacenter)
             || before.is_empty() != now.is_empty()
@@ -230,35 +339,40 @@ impl Following {
             .lock()
             .clone_from(&answer.nodes.problems);
         self.before = Arc::clone(answer);
-        true
+        self.is_seen = false;
+        Taken::InForce
     }
 
-    async fn judge(&self, answer: &QueryAnswer) -> Result<Service, String> {
-        let service = answer.found(&self.datacenter)?;
-        // A token that lost its rights is answered as if nobody were there.
-        if answer.is_empty() && !self.before.is_empty() {
-            let seen = Query {
-                service: self.before.name()?,
-                datacenter: Some(self.before.datacenter.as_str().into()),
-                filter: "".into(),
-            };
-            match sees(&self.client, &seen, &self.before.nodes).await {
-                Ok(true) => {}
-                Ok(false) => return Err(Doubt::LostRights.to_string()),
-                Err(error) => return Err(chain(&error).to_string()),
-            }
-        }
-        Ok(service)
+    fn refuse(&self, problem: String) -> Taken {
+        *self.found.problems.lock() = vec![problem];
+        Taken::Not
+    }
+
+    /// Whether the token may see what was there.
+    async fn sees(&self) -> Result<bool, ConsulError> {
+        let Ok(service) = self.before.name() else {
+            return Ok(true);
+        };
+        let seen = Query {
+            service,
+            datacenter: Some(self.before.datacenter.as_str().into()),
+            filter: "".into(),
+        };
+        sees(&self.client, &seen, &self.before.nodes).await
     }
 }
 
-/// `/v1/query/:name/execute`
+/// The instances of one service.
+///
+/// As `/v1/query/:name/execute` says it.
 #[derive(Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(from = "Executed")]
-struct QueryAnswer {
+struct Answer {
     service: String,
     datacenter: String,
     peer: String,
+    /// Whether Consul has left out what may not be called.
+    is_chosen: bool,
     nodes: Endpoints,
 }
 
@@ -275,7 +389,7 @@ struct Executed {
     nodes: Option<List<HealthEntry>>,
 }
 
-impl From<Executed> for QueryAnswer {
+impl From<Executed> for Answer {
     fn from(executed: Executed) -> Self {
         let mut nodes = executed.nodes.unwrap_or(List(Vec::new()));
         // Consul shuffles them with each answer.
@@ -285,18 +399,19 @@ impl From<Executed> for QueryAnswer {
             service: executed.service,
             datacenter: executed.datacenter,
             peer: executed.peer_name,
+            is_chosen: true,
             nodes: nodes.into(),
         }
     }
 }
 
-impl Content for QueryAnswer {
+impl Content for Answer {
     fn is_empty(&self) -> bool {
         self.nodes.is_empty()
     }
 }
 
-impl QueryAnswer {
+impl Answer {
     fn name(&self) -> Result<ServiceName, String> {
         self.service.parse().map_err(|error| format!("{error}"))
     }
@@ -319,7 +434,7 @@ impl QueryAnswer {
         let instances = self.nodes.list.iter();
         Ok(Service {
             instances: instances
-                .map(|endpoint| Arc::new(usable(endpoint, target.as_ref())))
+                .map(|endpoint| Arc::new(self.instance(endpoint, target.as_ref())))
                 .collect(),
             name,
             explicit_addresses: BTreeSet::new(),
@@ -327,23 +442,20 @@ impl QueryAnswer {
             defaults: ServiceDefaults::default(),
         })
     }
-}
 
-/// What a query lists may be called: a check that fails all the same is one that the query ignores
-/// (`IgnoreCheckIDs`).
-fn usable(endpoint: &Endpoint, target: Option<&Target>) -> Instance {
-    let instance = &*endpoint.instance;
-    Instance {
-        tunnel: endpoint
-            .wan
-            .filter(|_| target.is_some())
-            .unwrap_or(instance.tunnel),
-        health: match instance.health {
-            Health::Critical => Health::Passing,
-            Health::Passing | Health::Warning => instance.health,
-        },
-        target: target.cloned(),
-        ..instance.clone()
+    fn instance(&self, endpoint: &Endpoint, target: Option<&Target>) -> Instance {
+        let instance = &*endpoint.instance;
+        let far = endpoint.wan.filter(|_| target.is_some());
+        Instance {
+            tunnel: far.unwrap_or(instance.tunnel),
+            health: match instance.health {
+                // A check of what a query lists that fails all the same is one that it ignores (`IgnoreCheckIDs`).
+                Health::Critical if self.is_chosen => Health::Passing,
+                Health::Passing | Health::Warning | Health::Critical => instance.health,
+            },
+            target: target.cloned(),
+            ..instance.clone()
+        }
     }
 }
 
@@ -365,7 +477,7 @@ mod tests {
             "Checks": [{"Status": status}]})
     }
 
-    fn answer(datacenter: &str, nodes: &Value) -> QueryAnswer {
+    fn answer(datacenter: &str, nodes: &Value) -> Answer {
         serde_json::from_value(json!({"Service": "db", "Nodes": nodes, "DNS": {"TTL": ""},
             "Datacenter": datacenter, "Failovers": 0}))
         .unwrap()
@@ -411,15 +523,21 @@ mod tests {
         let service = answer("dc1", &nodes).found("dc1").unwrap();
         let health: Vec<Health> = service.instances.iter().map(|i| i.health).collect();
         assert_eq!(health, [Health::Passing, Health::Warning]);
+        // Of a service as a whole, all are listed.
+        let listed = Answer {
+            is_chosen: false,
+            ..answer("dc1", &nodes)
+        };
+        assert_eq!(listed.found("dc1").unwrap().instances[0].weight(), 0);
     }
 
     #[test]
     fn what_cannot_be_followed_is_told() {
         assert!(answer("dc1", &json!(null)).is_empty());
         let peer = json!({"Service": "db", "Nodes": [], "PeerName": "east"});
-        let peer: QueryAnswer = serde_json::from_value(peer).unwrap();
+        let peer: Answer = serde_json::from_value(peer).unwrap();
         assert!(peer.found("dc1").unwrap_err().contains("east"));
-        QueryAnswer::default().found("dc1").unwrap_err();
+        Answer::default().found("dc1").unwrap_err();
     }
 
     fn to_db() -> Destination {
@@ -509,6 +627,41 @@ mod tests {
         assert_eq!(leads_to(&found), ["db-2"]);
         finder.follow([]);
         assert!(finder.found(&to_db()).is_none());
+    }
+
+    #[tokio::test]
+    async fn a_service_elsewhere_is_followed() {
+        let Some(consul) = RealConsul::start(json!({})).await else {
+            return;
+        };
+        let client = consul.client();
+        let there = |datacenter: &str| Destination::Elsewhere {
+            service: "db".parse().unwrap(),
+            datacenter: datacenter.into(),
+        };
+        // To one of another datacenter, the only one there is is elsewhere.
+        let mut finder = Finder::new(client.clone(), "dc0".to_owned(), Shutdown::default());
+        finder.follow([&there("dc1"), &there("nowhere")]);
+        let nowhere = finder.found(&there("nowhere")).unwrap();
+        until(&nowhere, "told", |found| !found.problems().is_empty()).await;
+        assert!(nowhere.service().is_none());
+        let found = finder.found(&there("dc1")).unwrap();
+        until(&found, "nobody", |found| found.service().is_some()).await;
+        register_both(&client).await;
+        until(&found, "both", |found| leads_to(found) == ["db-1", "db-2"]).await;
+        let service = found.service().unwrap();
+        let target = service.instances[0].target.as_ref().unwrap();
+        assert_eq!(
+            (target.service.as_str(), &*target.datacenter),
+            ("db", "dc1")
+        );
+        for (id, left) in [("db-1", &["db-2"][..]), ("db-2", &[])] {
+            for id in [format!("{id}-sidecar-proxy"), id.to_owned()] {
+                let request = Request::to(&["v1", "agent", "service", "deregister", &id]);
+                client.put_nothing(&request).await.unwrap();
+            }
+            until(&found, "gone", |found| leads_to(found) == left).await;
+        }
     }
 
     #[tokio::test]

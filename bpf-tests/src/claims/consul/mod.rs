@@ -46,6 +46,7 @@ pub const TOPIC: Topic = Topic {
         migration::a_service_goes_from_sidecars_to_us_and_back: "a service goes from sidecars to Sidestep and back, one step after the other";
         upstreams::a_prepared_query_is_followed: "an upstream that is a prepared query leads where the query's answer says, and not where an intention denies";
         upstreams::a_unix_socket_is_offered: "an upstream at a Unix socket is the caller's own by its process, and outlives the agent's kill and upgrade";
+        upstreams::another_datacenter_is_reached: "an upstream in another datacenter, named or found by a query that fails over, is reached as who it is there";
         shapes::every_way_of_tls_is_served: "raw TCP that the server begins is served over TLS 1.2 and 1.3, with and without a server name, whatever ALPN is offered";
         shapes::a_tcp_health_check_is_no_call: "connections that open and close, as Consul's TCP checks, reach no application and are no failure";
         shapes::a_denied_peer_sees_no_banner: "a peer that an intention denies reads nothing, and no connection is opened to the application";

@@ -23,6 +23,9 @@ const SIDECAR: u16 = 21_001;
 /// Where `shop` reaches what the query finds.
 const PAGES: u16 = 9_192;
 
+/// Where it reaches what is in another datacenter.
+const FAR: u16 = 9_193;
+
 /// A web server on node b that answers with its own id.
 fn page(mesh: &mut ConsulMesh, service: &str, id: &str, port: u16) -> Result<()> {
     let place = mesh.place(id)?;
@@ -174,6 +177,47 @@ pub(super) fn a_unix_socket_is_offered(_size: Size) -> Result<Finding> {
              killed, {} after it stopped, and {good} of {} calls were served during an upgrade",
             if left { "is left" } else { "is gone" },
             served.len()
+        ),
+    ))
+}
+
+pub(super) fn another_datacenter_is_reached(_size: Size) -> Result<Finding> {
+    let mut mesh = ConsulMesh::datacenters("c-far")?;
+    page(&mut mesh, "web", "far", 8_081)?;
+    let query = json!({ "Name": "pages", "Service": {
+        "Service": "web", "Failover": { "Datacenters": ["dc2"] },
+    } });
+    let created = mesh.api().ask("POST", "query", Some(&query))?;
+    ensure!(created.status == 200, "{}", created.body);
+    with_upstreams(
+        &mesh,
+        &json!([
+            { "DestinationName": "web", "Datacenter": "dc2", "LocalBindPort": FAR },
+            { "DestinationType": "prepared_query", "DestinationName": "pages", "LocalBindPort": PAGES },
+        ]),
+    )?;
+    mesh.api().intend("guest", "web", "deny")?;
+    mesh.start()?;
+    let url = |port: u16| format!("http://{}/", local(port));
+    for port in [FAR, PAGES] {
+        until_read(&mesh, &mesh.shop.curl(&url(port)), "far")?;
+    }
+    let there = mesh.lab.b.access_log();
+    let callers = "/ns/default/dc/dc1/svc/shop";
+    let known = there.iter().filter(|line| line.contains(callers)).count();
+    let (mut refused, mut last) = (0, String::new());
+    for port in [FAR, PAGES] {
+        let seen = mesh.lab.a.access_log().len();
+        let denied = mesh.guest.curl(&url(port)).run(SOON).is_err();
+        last = mesh.lab.a.wait_for_access_log(seen, &["svc/guest"])?;
+        refused += usize::from(denied && last.contains("outcome=denied"));
+    }
+    Ok(Finding::new(
+        known >= 2 && refused == 2,
+        format!(
+            "curl in dc1 got the page of a service that is only in dc2, by an upstream there and by a query that fails \
+             over; dc2 knew the caller as {callers} {known} times; of another caller, whom an intention denies, {refused} \
+             of 2 were refused ({last})"
         ),
     ))
 }
