@@ -150,7 +150,6 @@ async fn an_index_far_ahead_is_not_waited_on_before_it_is_confirmed() {
         // What a query that ran out is answered with: the index that Consul has.
         &ok(9, "[1]"),
         &ok(10, "[]"),
-        &ok(10, "[]"),
     ]);
     let mut watch = script.watch();
     assert_eq!(changed(watch.next().await).0, [1]);
@@ -164,9 +163,43 @@ async fn an_index_far_ahead_is_not_waited_on_before_it_is_confirmed() {
             "GET /v1/x?wait=1000ms&index=7&stale= HTTP/1.1",
             "GET /v1/x?wait=300000ms&index=8&stale= HTTP/1.1",
             "GET /v1/x?wait=1000ms&index=999999999&stale= HTTP/1.1",
-            "GET /v1/x?stale= HTTP/1.1",
+            "GET /v1/x HTTP/1.1",
         ]
     );
+}
+
+#[tokio::test]
+async fn what_a_server_that_lags_says_is_asked_of_the_leader() {
+    let script = Script::new(&[
+        &ok(7, "[1]"),
+        &error(500, "rpc error making call: EOF"),
+        // A server that has just begun, and has not yet read all that it wrote down before.
+        &ok(3, "[]"),
+        &ok(7, "[1]"),
+        &ok(8, "[1,2]"),
+    ]);
+    let mut watch = script.watch();
+    assert_eq!(changed(watch.next().await).0, [1]);
+    assert!(matches!(watch.next().await, Event::Failed(_)));
+    assert_eq!(changed(watch.next().await).0, [1, 2]);
+    assert_eq!(
+        script.asked(),
+        [
+            "GET /v1/x?stale= HTTP/1.1",
+            "GET /v1/x?wait=1000ms&index=7&stale= HTTP/1.1",
+            "GET /v1/x?stale= HTTP/1.1",
+            "GET /v1/x HTTP/1.1",
+            "GET /v1/x?wait=1000ms&index=7&stale= HTTP/1.1",
+        ]
+    );
+}
+
+#[tokio::test]
+async fn an_index_that_went_back_for_the_leader_too_is_followed() {
+    let script = Script::new(&[&ok(7, "[1]"), &ok(3, "[2]"), &ok(3, "[2]")]);
+    let mut watch = script.watch();
+    assert_eq!(changed(watch.next().await).0, [1]);
+    assert_eq!(changed(watch.next().await).0, [2]);
 }
 
 #[tokio::test]

@@ -84,6 +84,8 @@ pub struct Watch<T> {
     not_before: Option<Instant>,
     /// The leader is to answer: another server's answer was too old.
     from_leader: bool,
+    /// The index of the last answer that was believed.
+    index: Option<u64>,
     last: Option<Answer<Arc<T>>>,
     status: Arc<Mutex<WatchStatus>>,
 }
@@ -105,6 +107,7 @@ impl<T: DeserializeOwned + PartialEq + Content> Watch<T> {
             pace: Pace::new(settings.pace, Instant::now()),
             not_before: None,
             from_leader: false,
+            index: None,
             last: None,
             status: Arc::new(Mutex::new(status)),
         }
@@ -192,6 +195,12 @@ impl<T: DeserializeOwned + PartialEq + Content> Watch<T> {
         });
         let waited = self.position != Position::Unknown;
         match judge(before, &answer, waited, self.settings.stale_max) {
+            // A server that was restarted answers with what it has read again so far, and knows its leader already.
+            Verdict::Take if self.is_behind(&answer) => {
+                self.position = Position::Unknown;
+                self.from_leader = true;
+                return None;
+            }
             Verdict::Take => {}
             Verdict::AskAgain => {
                 self.position = Position::Unknown;
@@ -204,6 +213,7 @@ impl<T: DeserializeOwned + PartialEq + Content> Watch<T> {
             }
         }
         self.from_leader = false;
+        self.index = answer.index.or(self.index);
         let hash = answer.content_hash.as_deref();
         let next = self.position.after_answer(answer.index, hash);
         let wait = self.position.wait(self.settings.wait);
@@ -238,6 +248,16 @@ impl<T: DeserializeOwned + PartialEq + Content> Watch<T> {
         let answer = answer.map(Arc::new);
         self.last = Some(answer.clone());
         Some(Event::Changed(answer))
+    }
+
+    /// Whether `answer` is of a time before the last one that was believed, and it may be so only for the server that
+    /// answered.
+    fn is_behind(&self, answer: &Answer<T>) -> bool {
+        let is_older = self
+            .index
+            .zip(answer.index)
+            .is_some_and(|(known, now)| now < known);
+        is_older && self.settings.stale && !self.from_leader
     }
 
     fn failed(&mut self, problem: String, now: Instant, random: f64) {
