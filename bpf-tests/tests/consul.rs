@@ -36,6 +36,7 @@ test_claims! {
     an_index_of_the_future_does_no_harm
     an_error_with_an_index_does_no_harm
     a_lying_answer_takes_nothing_away
+    a_server_that_lags_takes_nothing_away
     an_endpoint_change_is_followed_at_once
     swapped_virtual_addresses_lead_to_their_new_owners
     an_upgrade_is_not_seen_in_consul

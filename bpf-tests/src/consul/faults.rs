@@ -38,6 +38,8 @@ pub enum Fault {
     Index(u64),
     /// This one comes, and Consul is not asked.
     Answer(Canned),
+    /// This one comes, and Consul is not asked, if any server may answer: as one does that lags behind the leader.
+    Lag(Canned),
     /// It ends in the middle of its body.
     Cut,
     /// It does not come, as long as the fault lasts.
@@ -149,20 +151,21 @@ impl Drop for Faults {
 }
 
 impl Shared {
-    fn fault(&self, path: &str) -> Option<Fault> {
+    /// The fault that is to be seen now.
+    fn fault(&self, request: &Request) -> Option<Fault> {
         let rules = self.rules.lock();
-        let rule = rules.iter().find(|(prefix, _)| path.starts_with(prefix));
-        let (_, fault) = rule?;
-        let is_first = self.struck.lock().insert(path.to_owned());
-        (is_first || !matches!(fault, Fault::Index(_))).then_some(*fault)
+        let mut rules = rules.iter();
+        let (_, fault) = rules.find(|(prefix, _)| request.path.starts_with(prefix))?;
+        let applies = match fault {
+            Fault::Index(_) => !self.struck.lock().contains(&request.path),
+            Fault::Lag(_) => request.line.contains("stale="),
+            Fault::Answer(_) | Fault::Cut | Fault::Stall => true,
+        };
+        applies.then_some(*fault)
     }
 
-    fn is_to_be_faulty(&self, path: &str) -> bool {
-        let rules = self.rules.lock();
-        let rule = rules.iter().find(|(prefix, _)| path.starts_with(prefix));
-        rule.is_some_and(|(_, fault)| {
-            !matches!(fault, Fault::Index(_)) || !self.struck.lock().contains(path)
-        })
+    fn strike(&self, request: &Request) {
+        self.struck.lock().insert(request.path.clone());
     }
 }
 
@@ -184,7 +187,11 @@ fn serve(near: &TcpStream, shared: &Shared) -> io::Result<()> {
         let asked = (monotonic_ms(), request.path.clone());
         shared.asked.lock().push(asked);
         let (answer, length) = loop {
-            match shared.fault(&request.path) {
+            let fault = shared.fault(&request);
+            if fault.is_some() {
+                shared.strike(&request);
+            }
+            match fault {
                 None => {
                     if let Some(answer) = ask(&request.line, &request, near, shared)? {
                         break (answer, usize::MAX);
@@ -197,7 +204,9 @@ fn serve(near: &TcpStream, shared: &Shared) -> io::Result<()> {
                         break (answer, usize::MAX);
                     }
                 }
-                Some(Fault::Answer(canned)) => break (Answer::from(canned), usize::MAX),
+                Some(Fault::Answer(canned) | Fault::Lag(canned)) => {
+                    break (Answer::from(canned), usize::MAX);
+                }
                 Some(Fault::Cut) => {
                     let line = request.without_waiting();
                     if let Some(answer) = ask(&line, &request, near, &Shared::default())? {
@@ -347,7 +356,7 @@ fn ask(
                 if shared.is_over.load(Ordering::Relaxed) || has_gone(near)? {
                     return Err(io::ErrorKind::ConnectionAborted.into());
                 }
-                if shared.is_to_be_faulty(&request.path) {
+                if shared.fault(request).is_some() {
                     return Ok(None);
                 }
             }

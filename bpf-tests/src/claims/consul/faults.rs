@@ -342,3 +342,63 @@ pub(super) fn a_lying_answer_takes_nothing_away(size: Size) -> Result<Finding> {
         ),
     ))
 }
+
+/// What a server says that has just been started and knows a leader already.
+const LAGGING: Canned = Canned {
+    status: 200,
+    headers: &[
+        ("X-Consul-Index", "5"),
+        ("X-Consul-Knownleader", "true"),
+        ("X-Consul-Lastcontact", "0"),
+    ],
+    body: "[]",
+};
+const LAGGING_NAMES: Canned = Canned {
+    body: "{}",
+    ..LAGGING
+};
+
+pub(super) fn a_server_that_lags_takes_nothing_away(size: Size) -> Result<Finding> {
+    let rounds = size.pick(1, 10);
+    let bench = Bench::new("c-lag")?;
+    until_followed(&bench.mesh, "deny")?;
+    let storm = bench.storm(size)?;
+    let before = bench.known()?;
+    let mut wrong = vec![];
+    for _ in 0..rounds {
+        // After an error nothing is waited for: what is asked then is answered as of long ago.
+        bench.set(&[(EVERYTHING, Fault::Answer(AWAY))]);
+        bench.until_reported("No cluster leader")?;
+        bench.set(&[
+            ("/v1/catalog/services", Fault::Lag(LAGGING_NAMES)),
+            (EVERYTHING, Fault::Lag(LAGGING)),
+        ]);
+        bench.until_struck(&[
+            "/v1/health/connect/pair",
+            "/v1/health/connect/names",
+            "/v1/connect/intentions",
+            "/v1/catalog/services",
+        ])?;
+        let during = bench.known()?;
+        if during != before {
+            wrong.push(format!("{during:?} instead of {before:?}"));
+        }
+        bench.set(&[]);
+        bench.until_content()?;
+    }
+    let instance = switch(&bench.mesh, bench.mesh.callable("pair")?, "one", "two")?;
+    let report = storm.end()?;
+    Ok(Finding::new(
+        wrong.is_empty() && report.failures.is_empty() && report.right > 0,
+        format!(
+            "empty answers of a lagging server: {}; then an instance's change is in force within {instance} ms; {}, failed: {:?}",
+            if wrong.is_empty() {
+                "nothing lost".to_owned()
+            } else {
+                wrong.join("; ")
+            },
+            report.load(),
+            report.failures,
+        ),
+    ))
+}

@@ -61,6 +61,7 @@ pub const TOPIC: Topic = Topic {
         faults::an_index_of_the_future_does_no_harm: "an answer with an index that Consul never reaches keeps no change away for more than 3 s";
         faults::an_error_with_an_index_does_no_harm: "errors with an index take nothing away and cause no storm of requests";
         faults::a_lying_answer_takes_nothing_away: "empty answers of lost rights, garbage, cut and stalled answers take nothing away, are reported, and the truth is followed";
+        faults::a_server_that_lags_takes_nothing_away: "empty answers of a server that has just begun, and knows its leader, take nothing away";
         changes::an_endpoint_change_is_followed_at_once: "a change of endpoints reaches new connections within 200 ms of Consul's answer";
         changes::swapped_virtual_addresses_lead_to_their_new_owners: "two services that swap their virtual addresses: live connections end, new ones reach the new owner";
         upgrade::an_upgrade_is_not_seen_in_consul: "`sidestep upgrade` under load: no connection fails, registrations stay and pass all the time, certificates go on";
