@@ -79,6 +79,8 @@ struct State {
     /// From the agent before, and not asked for yet.
     inherited: BTreeMap<SocketKey, OwnedFd>,
     open: BTreeMap<SocketKey, OwnedFd>,
+    /// The agent serves, and the one before does not any more.
+    is_serving: bool,
     /// They belong to the next agent: the store is its affair.
     is_given: bool,
 }
@@ -160,9 +162,10 @@ impl ListeningSockets {
         self.0.lock().is_given = true;
     }
 
-    /// Whether they are the next agent's.
-    pub fn are_given(&self) -> bool {
-        self.0.lock().is_given
+    /// Whether no other agent has them too, neither the one before nor the next.
+    pub fn are_own(&self) -> bool {
+        let state = self.0.lock();
+        state.is_serving && !state.is_given
     }
 
     /// Lets go of all, for an agent that ends without a successor: connects are refused once their users have
@@ -175,9 +178,11 @@ impl ListeningSockets {
         state.open.clear();
     }
 
-    /// Puts all into the descriptor store, which takes them from the service's main process only.
+    /// Puts all into the descriptor store, which takes them from the service's main process only: the agent serves.
     pub fn store(&self) {
-        for (key, socket) in &self.0.lock().open {
+        let mut state = self.0.lock();
+        state.is_serving = true;
+        for (key, socket) in &state.open {
             store(key, socket);
         }
     }

@@ -26,7 +26,8 @@ use crate::{
 /// Who may connect where the registration does not say: everybody, as to a port.
 const MODE: u32 = 0o666;
 
-/// A socket's file. Dropping removes it, if it is still the same and the next agent does not have it.
+/// A socket's file. Dropping removes it, if it is still the same and no other agent listens there: neither the one
+/// before, which goes on if this one fails to start, nor the next.
 #[derive(Debug)]
 pub(super) struct BoundFile {
     path: PathBuf,
@@ -34,10 +35,17 @@ pub(super) struct BoundFile {
     sockets: ListeningSockets,
 }
 
+impl BoundFile {
+    /// Whether clients still find it: it may be removed or replaced by anybody who may write to the directory.
+    pub(super) fn is_in_place(&self) -> bool {
+        identity_of(&self.path).is_ok_and(|identity| identity == self.identity)
+    }
+}
+
 impl Drop for BoundFile {
     fn drop(&mut self) {
-        if !self.sockets.are_given()
-            && identity_of(&self.path).is_ok_and(|identity| identity == self.identity)
+        if self.sockets.are_own()
+            && self.is_in_place()
             && let Err(error) = fs::remove_file(&self.path)
         {
             tracing::warn!(error = %chain(&error), path = %self.path.display(), "socket not removed");
@@ -139,10 +147,13 @@ mod tests {
         let path = directory.path().join("upstream.sock");
         drop(UnixListener::bind(&path).unwrap());
         UnixStream::connect(&path).unwrap_err();
-        let open = open(&ListeningSockets::default(), &path).unwrap();
+        let sockets = ListeningSockets::default();
+        let open = open(&sockets, &path).unwrap();
+        sockets.store();
         UnixStream::connect(&path).unwrap();
         let mode = fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o7777, 0o640);
+        assert!(open.2.is_in_place());
         drop(open);
         assert!(!path.exists());
     }
@@ -172,11 +183,13 @@ mod tests {
         let path = directory.path().join("upstream.sock");
         let before = ListeningSockets::default();
         let old = open(&before, &path).unwrap();
+        before.store();
         let waiting = UnixStream::connect(&path).unwrap();
         let passed: Vec<OwnedFd> = before.descriptors().unwrap();
         let after = ListeningSockets::inheriting(passed);
         let (listener, _kept, file) = open(&after, &path).unwrap();
         before.give();
+        after.store();
         drop(old);
         assert!(path.exists(), "the agent before removes it no more");
         let (accepted, _) = listener.accept().unwrap();
@@ -186,13 +199,28 @@ mod tests {
     }
 
     #[test]
+    fn a_next_agent_that_does_not_start_removes_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("upstream.sock");
+        let running = ListeningSockets::default();
+        let (listener, _kept, file) = open(&running, &path).unwrap();
+        running.store();
+        let next = ListeningSockets::inheriting(running.descriptors().unwrap());
+        drop(open(&next, &path).unwrap());
+        let _client = UnixStream::connect(&path).unwrap();
+        listener.accept().unwrap();
+        assert!(file.is_in_place());
+    }
+
+    #[test]
     fn an_inherited_socket_without_its_file_is_made_anew() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("upstream.sock");
         let before = ListeningSockets::default();
-        let _old = open(&before, &path).unwrap();
+        let (_listener, _kept, file) = open(&before, &path).unwrap();
         let after = ListeningSockets::inheriting(before.descriptors().unwrap());
         fs::remove_file(&path).unwrap();
+        assert!(!file.is_in_place());
         let _new = open(&after, &path).unwrap();
         UnixStream::connect(&path).unwrap();
     }

@@ -57,7 +57,7 @@ struct OpenUpstream {
     offer: Offer,
     closed: CancellationToken,
     _kept: Kept,
-    _file: Option<BoundFile>,
+    file: Option<BoundFile>,
 }
 
 /// An upstream that cannot be opened.
@@ -96,7 +96,8 @@ impl UpstreamListeners {
         self.finder
             .follow(wanted.values().map(|offer| &offer.destination));
         self.open.retain(|address, open| {
-            let keep = wanted.get(address) == Some(&open.offer);
+            let is_found = open.file.as_ref().is_none_or(BoundFile::is_in_place);
+            let keep = wanted.get(address) == Some(&open.offer) && is_found;
             if !keep {
                 open.closed.cancel();
                 tracing::info!(%address, destination = %open.offer.destination, "upstream closed");
@@ -171,7 +172,7 @@ impl UpstreamListeners {
             offer: offer.clone(),
             closed,
             _kept: kept,
-            _file: file,
+            file,
         })
     }
 

@@ -115,10 +115,10 @@ pub(super) fn a_prepared_query_is_followed(_size: Size) -> Result<Finding> {
     ))
 }
 
-/// The process that `client` connects with is what the agent goes by, so the socket is curl's alone.
+/// curl in `client`, by a Unix socket: the agent goes by the process that connects.
 fn by_socket(client: &Workload, socket: &Path) -> Program {
-    let curl = client.curl("http://web/");
-    curl.arg("--unix-socket").arg(socket)
+    let curl = client.curl("http://web/").arg("--unix-socket");
+    curl.arg(socket)
 }
 
 pub(super) fn a_unix_socket_is_offered(_size: Size) -> Result<Finding> {
@@ -143,6 +143,10 @@ pub(super) fn a_unix_socket_is_offered(_size: Size) -> Result<Finding> {
     let seen = mesh.lab.a.access_log().len();
     let refused = guest.run(SOON).is_err();
     let denied = mesh.lab.a.wait_for_access_log(seen, &["svc/guest"])?;
+
+    // Somebody tidies up.
+    fs::remove_file(&socket)?;
+    until_read(&mesh, &shop, "page")?;
 
     // Killed, it leaves its socket to the next one; stopped, it leaves none.
     mesh.lab.a.kill_agent();
@@ -173,7 +177,7 @@ pub(super) fn a_unix_socket_is_offered(_size: Size) -> Result<Finding> {
     Ok(Finding::new(
         refused && denied.contains("outcome=denied") && !left && good == served.len(),
         format!(
-            "curl of shop got the page by the socket, that of guest nothing ({denied}); it goes on after the agent was \
+            "curl of shop got the page by the socket, that of guest nothing ({denied}); it goes on after it was removed, after the agent was \
              killed, {} after it stopped, and {good} of {} calls were served during an upgrade",
             if left { "is left" } else { "is gone" },
             served.len()
