@@ -185,6 +185,16 @@ fn batches_write_list_and_remove() {
 }
 
 #[test]
+fn a_map_of_many_batches_is_listed_whole() {
+    let object = open_object(20_000, 64).unwrap();
+    let map = hash(&object).fd().as_fd();
+    let mut all: Vec<_> = (0..20_000).map(element).collect();
+    all.sort_by_key(|(address, _)| *address);
+    bpf::map_update_batch(map, &all).unwrap();
+    assert_eq!(entries(map), all);
+}
+
+#[test]
 fn a_full_map_is_an_error() {
     let object = open_object(4, 4).unwrap();
     let map = hash(&object).fd().as_fd();

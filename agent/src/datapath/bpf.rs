@@ -22,12 +22,12 @@ use aya::Pod;
 const MAP_LOOKUP_ELEM: libc::c_long = 1;
 const MAP_UPDATE_ELEM: libc::c_long = 2;
 const MAP_DELETE_ELEM: libc::c_long = 3;
-const MAP_GET_NEXT_KEY: libc::c_long = 4;
 const OBJ_PIN: libc::c_long = 6;
 const OBJ_GET: libc::c_long = 7;
 const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const PROG_QUERY: libc::c_long = 16;
 const PROG_GET_FD_BY_ID: libc::c_long = 13;
+const MAP_LOOKUP_BATCH: libc::c_long = 24;
 const MAP_UPDATE_BATCH: libc::c_long = 26;
 const MAP_DELETE_BATCH: libc::c_long = 27;
 const LINK_CREATE: libc::c_long = 28;
@@ -364,25 +364,25 @@ pub fn map_delete_batch<K: Pod>(map: BorrowedFd<'_>, keys: &[K]) -> io::Result<(
     batch(MAP_DELETE_BATCH, map, keys, 0)
 }
 
-/// Every element of a hash. One that is added or removed meanwhile may be missed or come twice.
+/// Every element of a hash. One that is added or removed meanwhile may be missed. Kernel 5.6.
 ///
 /// # Errors
 /// Whatever the kernel answers.
 pub fn map_entries<K: Pod, V: Pod>(map: BorrowedFd<'_>) -> io::Result<Vec<(K, V)>> {
-    let most = map_shape(map)?.max_entries as usize;
     let mut entries = Vec::new();
-    let mut key: Option<K> = None;
-    // A key that is removed under the walk sends it back to the start; the bound ends that.
-    for _ in 0..most.saturating_mul(2) {
-        let Some(next) = next_key(map, key.as_ref())? else {
-            break;
-        };
-        if let Some(value) = map_lookup(map, &next)? {
-            entries.push((next, value));
+    let mut room = 4096;
+    let mut position: Option<u32> = None;
+    loop {
+        let (found, next) = next_entries(map, position, room)?;
+        let is_empty = found.len() == 0;
+        entries.extend(found);
+        match next {
+            Next::At(bucket) => position = Some(bucket),
+            // One bucket has more than there is room for.
+            Next::NeedsRoom if is_empty => room *= 2,
+            Next::NeedsRoom | Next::End => return Ok(entries),
         }
-        key = Some(next);
     }
-    Ok(entries)
 }
 
 /// `CLOCK_MONOTONIC`, which `bpf_ktime_get_ns()` reads too.
@@ -392,20 +392,49 @@ pub fn monotonic_now() -> Duration {
     Duration::new(seconds, u32::try_from(now.tv_nsec).unwrap_or_default())
 }
 
-fn next_key<K: Pod>(map: BorrowedFd<'_>, key: Option<&K>) -> io::Result<Option<K>> {
-    let mut next = MaybeUninit::<K>::zeroed();
-    let attr = ElementAttr {
+/// Where a walk goes on.
+enum Next {
+    At(u32),
+    NeedsRoom,
+    End,
+}
+
+/// At most `room` elements of a hash, from `position` on, which is one of its buckets.
+fn next_entries<K: Pod, V: Pod>(
+    map: BorrowedFd<'_>,
+    position: Option<u32>,
+    room: u32,
+) -> io::Result<(impl Iterator<Item = (K, V)> + ExactSizeIterator, Next)> {
+    let mut keys: Vec<K> = Vec::with_capacity(room as usize);
+    let mut values: Vec<V> = Vec::with_capacity(room as usize);
+    let mut next = 0_u32;
+    let mut attr = BatchAttr {
+        in_batch: position
+            .as_ref()
+            .map_or(0, |at| std::ptr::from_ref(at) as u64),
+        out_batch: std::ptr::from_mut(&mut next) as u64,
+        keys: keys.as_mut_ptr() as u64,
+        values: values.as_mut_ptr() as u64,
+        count: room,
         map_fd: word(map),
-        pad: 0,
-        key: key.map_or(0, |key| std::ptr::from_ref(key) as u64),
-        value: next.as_mut_ptr() as u64,
+        element_flags: 0,
         flags: 0,
     };
-    if !found(call(MAP_GET_NEXT_KEY, &attr))? {
-        return Ok(None);
-    }
-    // SAFETY: zeroed, then written by the kernel; a Pod has no invalid bit patterns.
-    Ok(Some(unsafe { next.assume_init() }))
+    let after = match call_mut(MAP_LOOKUP_BATCH, &mut attr) {
+        Ok(_) => Next::At(next),
+        Err(error) => match error.raw_os_error() {
+            Some(libc::ENOENT) => Next::End,
+            Some(libc::ENOSPC) => Next::NeedsRoom,
+            _ => return Err(error),
+        },
+    };
+    let count = attr.count.min(room) as usize;
+    // SAFETY: the kernel wrote `count` keys, which is not more than there is room for; a Pod has no invalid bit
+    // patterns.
+    unsafe { keys.set_len(count) };
+    // SAFETY: as for the keys.
+    unsafe { values.set_len(count) };
+    Ok((keys.into_iter().zip(values), after))
 }
 
 fn batch<K: Pod>(
