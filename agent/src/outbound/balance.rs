@@ -125,13 +125,16 @@ impl Balancer {
 
     /// Forgets instances that neither the catalog nor any of `found` has any longer.
     pub fn retain(&self, snapshot: &Snapshot, found: &[Arc<Service>]) {
-        let known: HashSet<Key> = snapshot
-            .services
-            .values()
+        let mut seen = self.seen.lock();
+        // Few are called of all that there are.
+        let called: HashSet<&ServiceName> = seen.keys().map(|key| &key.service).collect();
+        let known: HashSet<Key> = called
+            .into_iter()
+            .filter_map(|name| snapshot.services.get(name))
             .chain(found)
             .flat_map(|service| service.instances.iter().map(|i| key(&service.name, i)))
             .collect();
-        self.seen.lock().retain(|key, _| known.contains(key));
+        seen.retain(|key, _| known.contains(key));
     }
 
     fn seen(&self, service: &ServiceName, instance: &Instance) -> Arc<Seen> {
