@@ -33,6 +33,7 @@ use sidestep::datapath::{
     pins::{PinDirectory, PinError},
 };
 use sidestep::sockets::ListeningSockets;
+use sidestep_abi::{VipKey, VipValue};
 
 const PORT: u16 = 15_001;
 const MAX_VIPS: u32 = 64;
@@ -227,6 +228,28 @@ fn what_a_catalog_in_part_lacks_stays() {
     let changed = agent.datapath.reconcile(&other, Undesired::Remove).unwrap();
     assert_eq!((changed.added, changed.removed), (0, 2));
     assert_eq!(bench.connect(), "EHOSTUNREACH");
+}
+
+#[test]
+fn what_somebody_else_removed_comes_back() {
+    let bench = Bench::new("removed");
+    let agent = bench.start();
+    let folders = fs::read_dir(&bench.pins).unwrap();
+    let pinned = folders
+        .map(|folder| folder.unwrap().path().join("VIPS"))
+        .find(|path| path.exists())
+        .unwrap();
+    let vips = bpf::pinned(&pinned).unwrap();
+    for undesired in [Undesired::Keep, Undesired::Remove] {
+        let there = bpf::map_entries::<VipKey, VipValue>(vips.as_fd()).unwrap();
+        assert_eq!(there.len(), 2);
+        for (key, _value) in there {
+            assert!(bpf::map_delete(vips.as_fd(), &key).unwrap());
+        }
+        let mended = agent.datapath.reconcile(&catalog(&[1, 2]), undesired);
+        assert_eq!(mended.unwrap().added, 2);
+        bench.assert_captures(&agent);
+    }
 }
 
 #[test]

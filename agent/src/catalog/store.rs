@@ -29,11 +29,19 @@ pub struct Catalog {
     pub published_at: Option<SystemTime>,
     /// What the source said.
     pub snapshot: Snapshot,
-    /// The virtual addresses of each service.
-    pub addresses: BTreeMap<ServiceName, BTreeSet<IpAddr>>,
-    by_destination: HashMap<SocketAddr, Arc<Service>>,
+    /// The virtual addresses of each service. The same `Arc` in versions between which no service came or went and
+    /// none changed its addresses or ports.
+    pub addresses: Arc<BTreeMap<ServiceName, BTreeSet<IpAddr>>>,
+    /// Follows from `addresses` and the services' ports, and is shared like it.
+    owners: Arc<Owners>,
+}
+
+/// Whose a destination is.
+#[derive(Debug, Default)]
+struct Owners {
+    by_destination: HashMap<SocketAddr, ServiceName>,
     /// Of the services that answer at every port.
-    by_address: HashMap<IpAddr, Arc<Service>>,
+    by_address: HashMap<IpAddr, ServiceName>,
 }
 
 impl Catalog {
@@ -41,9 +49,10 @@ impl Catalog {
     pub fn service_at(&self, destination: SocketAddr) -> Option<&Arc<Service>> {
         let address = destination.ip().to_canonical();
         let of_port = SocketAddr::new(address, destination.port());
-        self.by_destination
-            .get(&of_port)
-            .or_else(|| self.by_address.get(&address))
+        let owners = &self.owners;
+        let of_address = || owners.by_address.get(&address);
+        let owner = owners.by_destination.get(&of_port).or_else(of_address)?;
+        self.service(owner)
     }
 
     /// The service of that name.
@@ -68,21 +77,57 @@ impl Catalog {
     ///
     /// `away` is what becomes of connects while no agent takes them.
     pub fn vip_targets(&self, away: &BTreeMap<ServiceName, AwayPolicy>) -> VipTargets {
-        let target = |service: &Service| {
-            let mut instances = service.instances.iter();
-            VipTarget {
+        self.vip_targets_of(self.snapshot.services.values(), away)
+    }
+
+    /// The part of it that is about `services`.
+    pub fn vip_targets_of<'a>(
+        &self,
+        services: impl IntoIterator<Item = &'a Arc<Service>>,
+        away: &BTreeMap<ServiceName, AwayPolicy>,
+    ) -> VipTargets {
+        let mut targets = VipTargets::default();
+        for service in services {
+            let target = VipTarget {
                 away: away.get(&service.name).copied().unwrap_or_default(),
                 service: id_of(&service.name),
-                reachable: instances.any(|instance| instance.weight() > 0),
+                reachable: is_reachable(service),
+            };
+            let addresses = self.addresses.get(&service.name).into_iter().flatten();
+            for address in addresses.map(IpAddr::to_canonical) {
+                match &service.ports {
+                    Ports::Listed(ports) => targets.ports.extend(
+                        ports
+                            .iter()
+                            .map(|port| (SocketAddr::new(address, *port), target)),
+                    ),
+                    Ports::Any => {
+                        targets.any_port.insert(address, target);
+                    }
+                }
             }
-        };
-        let by_destination = self.by_destination.iter();
-        let by_address = self.by_address.iter();
-        VipTargets {
-            ports: by_destination.map(|(at, s)| (*at, target(s))).collect(),
-            any_port: by_address.map(|(at, s)| (*at, target(s))).collect(),
         }
+        targets
     }
+
+    /// The services that the kernel must be told of when this version comes after `before`; `None` if it must be told
+    /// everything, since destinations came or went.
+    pub fn changed_in_kernel(&self, before: &Self) -> Option<Vec<&Arc<Service>>> {
+        let is_alike = Arc::ptr_eq(&self.owners, &before.owners)
+            && self.snapshot.is_whole == before.snapshot.is_whole;
+        let services = self.snapshot.services.values();
+        // The same services: the owners are the same.
+        let pairs = services.zip(before.snapshot.services.values());
+        let changed = pairs.filter(|(now, before)| {
+            !Arc::ptr_eq(now, before) && is_reachable(now) != is_reachable(before)
+        });
+        is_alike.then(|| changed.map(|(now, _)| now).collect())
+    }
+}
+
+fn is_reachable(service: &Service) -> bool {
+    let mut instances = service.instances.iter();
+    instances.any(|instance| instance.weight() > 0)
 }
 
 /// The number by which the kernel knows a service.
@@ -112,37 +157,28 @@ impl CatalogStore {
     /// Puts a snapshot in force. The problems are about single addresses; the rest holds.
     pub fn publish(&self, snapshot: Snapshot) -> Vec<VipProblem> {
         let mut allocator = self.allocator.lock();
+        let before = self.current.load_full();
         let now = SystemTime::now();
-        let assigned = allocator.assign(&snapshot, now);
-        let mut by_destination = HashMap::new();
-        let mut by_address = HashMap::new();
-        for (name, addresses) in &assigned.addresses {
-            let Some(service) = snapshot.services.get(name) else {
-                continue;
+        let mut problems = vec![];
+        let (addresses, owners) =
+            if allocator.is_settled() && have_same_destinations(&before.snapshot, &snapshot) {
+                (Arc::clone(&before.addresses), Arc::clone(&before.owners))
+            } else {
+                let assigned = allocator.assign(&snapshot, now);
+                problems = assigned.problems;
+                let owners = Owners::new(&snapshot, &assigned.addresses);
+                (Arc::new(assigned.addresses), Arc::new(owners))
             };
-            for address in addresses.iter().map(IpAddr::to_canonical) {
-                match &service.ports {
-                    Ports::Listed(ports) => by_destination.extend(ports.iter().map(|port| {
-                        let destination = SocketAddr::new(address, *port);
-                        (destination, Arc::clone(service))
-                    })),
-                    Ports::Any => {
-                        by_address.insert(address, Arc::clone(service));
-                    }
-                }
-            }
-        }
-        let version = self.current.load().version + 1;
+        let version = before.version + 1;
         self.current.store(Arc::new(Catalog {
             version,
             published_at: Some(now),
             snapshot,
-            addresses: assigned.addresses,
-            by_destination,
-            by_address,
+            addresses,
+            owners,
         }));
         self.version.send_replace(version);
-        assigned.problems
+        problems
     }
 
     /// The catalog in force.
@@ -156,12 +192,68 @@ impl CatalogStore {
     }
 }
 
+impl Owners {
+    fn new(snapshot: &Snapshot, addresses: &BTreeMap<ServiceName, BTreeSet<IpAddr>>) -> Self {
+        let mut owners = Self::default();
+        for (name, addresses) in addresses {
+            let Some(service) = snapshot.services.get(name) else {
+                continue;
+            };
+            for address in addresses.iter().map(IpAddr::to_canonical) {
+                match &service.ports {
+                    Ports::Listed(ports) => {
+                        owners.by_destination.extend(ports.iter().map(|port| {
+                            let destination = SocketAddr::new(address, *port);
+                            (destination, name.clone())
+                        }))
+                    }
+                    Ports::Any => {
+                        owners.by_address.insert(address, name.clone());
+                    }
+                }
+            }
+        }
+        owners
+    }
+}
+
+/// Whether the same services want the same addresses and ports in both.
+fn have_same_destinations(before: &Snapshot, now: &Snapshot) -> bool {
+    let wants_same = |before: &Arc<Service>, now: &Arc<Service>| {
+        Arc::ptr_eq(before, now)
+            || before.name == now.name
+                && before.explicit_addresses == now.explicit_addresses
+                && before.ports == now.ports
+    };
+    let mut pairs = before.services.values().zip(now.services.values());
+    before.services.len() == now.services.len()
+        && pairs.all(|(before, now)| wants_same(before, now))
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::catalog::{model::ServiceDefaults, vip::VipPools};
+    use crate::catalog::{
+        model::{Health, ServiceDefaults, Weights},
+        vip::VipPools,
+    };
+
+    fn instance(id: &str) -> Arc<Instance> {
+        Arc::new(Instance {
+            id: id.parse().unwrap(),
+            node: "b".parse().unwrap(),
+            tunnel: ([192, 0, 2, 1], 15443).into(),
+            local: ([127, 0, 0, 1], 5432).into(),
+            port: 5432,
+            tags: vec![],
+            meta: BTreeMap::new(),
+            health: Health::Passing,
+            weights: Weights::default(),
+            target: None,
+        })
+    }
 
     fn store() -> CatalogStore {
         let pools = VipPools {
@@ -209,7 +301,7 @@ mod tests {
             (targets.ports.len(), targets.any_port.len()),
             (2 * 2 * 2, 0)
         );
-        for (name, addresses) in &catalog.addresses {
+        for (name, addresses) in catalog.addresses.iter() {
             for address in addresses {
                 let found = catalog.service_at(SocketAddr::new(*address, 443)).unwrap();
                 assert_eq!(found.name, *name);
@@ -228,13 +320,75 @@ mod tests {
         let catalog = store.current();
         let targets = catalog.vip_targets(&BTreeMap::new());
         assert_eq!((targets.ports.len(), targets.any_port.len()), (2 * 2, 2));
-        for (name, addresses) in &catalog.addresses {
+        for (name, addresses) in catalog.addresses.iter() {
             for address in addresses {
                 let found = catalog.service_at(SocketAddr::new(*address, 444));
                 let expected = (name.as_str() == "web").then_some("web");
                 assert_eq!(found.map(|service| service.name.as_str()), expected);
             }
         }
+    }
+
+    #[test]
+    fn the_kernel_is_told_only_what_it_must_know() {
+        let store = store();
+        let publish = |change: &dyn Fn(&mut Snapshot)| {
+            let before = store.current();
+            let mut snapshot = snapshot(&["db", "web"]);
+            change(&mut snapshot);
+            assert!(store.publish(snapshot).is_empty());
+            let now = store.current();
+            let changed = now.changed_in_kernel(&before);
+            changed.map(|all| all.iter().map(|s| s.name.to_string()).collect::<Vec<_>>())
+        };
+        let with_db = |change: fn(&mut Service)| {
+            move |snapshot: &mut Snapshot| {
+                let db = snapshot.services.get_mut(&"db".parse().unwrap());
+                change(Arc::make_mut(db.unwrap()));
+            }
+        };
+        let healthy = |service: &mut Service| service.instances = vec![instance("db-1")];
+        let told = Some(vec![]);
+        assert_eq!(publish(&|_| {}), None, "the first one");
+        let addresses = Arc::clone(&store.current().addresses);
+        assert_eq!(publish(&|_| {}), told);
+        assert_eq!(publish(&with_db(healthy)), Some(vec!["db".to_owned()]));
+        let two = |service: &mut Service| {
+            service.instances = vec![instance("db-1"), instance("db-2")];
+        };
+        assert_eq!(publish(&with_db(two)), told, "instances");
+        assert_eq!(publish(&|_| {}), Some(vec!["db".to_owned()]));
+        assert!(Arc::ptr_eq(&addresses, &store.current().addresses));
+
+        let ports = |service: &mut Service| service.ports = Ports::Any;
+        let moved = |service: &mut Service| {
+            service.explicit_addresses.insert([240, 0, 0, 9].into());
+        };
+        let everything: [&dyn Fn(&mut Snapshot); 4] = [
+            &with_db(ports),
+            &with_db(moved),
+            &|snapshot| snapshot.is_whole = false,
+            &|snapshot| drop(snapshot.services.pop_first()),
+        ];
+        for change in everything {
+            assert_eq!(publish(change), None);
+            assert_eq!(publish(&|_| {}), None, "and back");
+        }
+    }
+
+    #[test]
+    fn a_part_of_the_targets_says_what_the_whole_says() {
+        let store = store();
+        store.publish(snapshot(&["db", "web"]));
+        let catalog = store.current();
+        let away = BTreeMap::new();
+        let mut parts = VipTargets::default();
+        for service in catalog.snapshot.services.values() {
+            let part = catalog.vip_targets_of([service], &away);
+            assert_eq!(part.ports.len(), 2 * 2);
+            parts.ports.extend(part.ports);
+        }
+        assert_eq!(parts, catalog.vip_targets(&away));
     }
 
     #[test]

@@ -92,6 +92,17 @@ impl Backend {
         }
     }
 
+    /// Brings some of the catalog's addresses to the kernel and leaves the others as they are.
+    ///
+    /// # Errors
+    /// [`DatapathError`]. Calling [`Self::reconcile`] after it is always right.
+    pub fn update(&self, some: &VipTargets) -> Result<Reconciled, DatapathError> {
+        match self {
+            Self::Programs(programs) => programs.reconcile(some, Undesired::Keep),
+            Self::Rules(rules) => rules.update(some),
+        }
+    }
+
     /// See [`Datapath::beat`]; rules know nothing of an agent that hangs.
     ///
     /// # Errors

@@ -1,7 +1,12 @@
 //! Making the kernel's maps say what the catalog says, by content.
 
-use std::{collections::BTreeMap, os::fd::AsFd as _};
+use std::{
+    collections::BTreeMap,
+    io,
+    os::fd::{AsFd as _, BorrowedFd},
+};
 
+use aya::Pod;
 use sidestep_abi::{Address, Away, Fallback, KnownAddress, PortBe, Target, VipKey, VipValue};
 
 use super::{
@@ -24,24 +29,19 @@ pub(super) fn reconcile(
         });
     }
     let (wanted_vips, wanted_addresses) = wanted(desired);
+    let wanted_elsewhere = wanted_fallbacks(desired);
 
     let (vips, addresses) = (maps.vips.as_fd(), maps.addresses.as_fd());
-    let fails =
-        |map, operation| move |source: std::io::Error| DatapathError::map(map, operation, source);
-    let current: BTreeMap<VipKey, VipValue> = bpf::map_entries(vips)
-        .map_err(fails("VIPS", MapOperation::Read))?
-        .into_iter()
-        .collect();
-    let known: BTreeMap<Address, KnownAddress> = bpf::map_entries(addresses)
-        .map_err(fails("ADDRESSES", MapOperation::Read))?
-        .into_iter()
-        .collect();
     let fallbacks = maps.fallbacks.as_fd();
-    let known_fallbacks: BTreeMap<u64, Fallback> = bpf::map_entries(fallbacks)
-        .map_err(fails("FALLBACKS", MapOperation::Read))?
-        .into_iter()
-        .collect();
-    let elsewhere = Difference::between(&known_fallbacks, &wanted_fallbacks(desired));
+    let fails =
+        |map, operation| move |source: io::Error| DatapathError::map(map, operation, source);
+    let current =
+        there(vips, &wanted_vips, undesired).map_err(fails("VIPS", MapOperation::Read))?;
+    let known = there(addresses, &wanted_addresses, undesired)
+        .map_err(fails("ADDRESSES", MapOperation::Read))?;
+    let known_fallbacks = there(fallbacks, &wanted_elsewhere, undesired)
+        .map_err(fails("FALLBACKS", MapOperation::Read))?;
+    let elsewhere = Difference::between(&known_fallbacks, &wanted_elsewhere);
     let ports = Difference::between(&current, &wanted_vips);
     let hosts = Difference::between(&known, &wanted_addresses);
 
@@ -77,6 +77,24 @@ pub(super) fn reconcile(
         }
     }
     Ok(changed)
+}
+
+/// What a map has: all of it, or as much as matters where nothing is removed.
+fn there<K: Pod + Ord, V: Pod>(
+    map: BorrowedFd<'_>,
+    wanted: &BTreeMap<K, V>,
+    undesired: Undesired,
+) -> io::Result<BTreeMap<K, V>> {
+    match undesired {
+        Undesired::Remove => Ok(bpf::map_entries(map)?.into_iter().collect()),
+        Undesired::Keep => wanted
+            .keys()
+            .filter_map(|key| {
+                let found = bpf::map_lookup(map, key).transpose()?;
+                Some(found.map(|value| (*key, value)))
+            })
+            .collect(),
+    }
 }
 
 fn wanted(desired: &VipTargets) -> (BTreeMap<VipKey, VipValue>, BTreeMap<Address, KnownAddress>) {

@@ -43,7 +43,7 @@ fn is_virtual(address: IpAddr, ranges: VipPools) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
+    use std::{collections::BTreeSet, sync::Arc};
 
     use super::*;
 
@@ -54,11 +54,11 @@ mod tests {
             all.iter().map(|address| address.parse().unwrap()).collect()
         };
         let mut catalog = Catalog::default();
-        catalog.addresses = BTreeMap::from([
+        catalog.addresses = Arc::new(BTreeMap::from([
             (name("real"), addresses(&["10.97.0.1"])),
             (name("vip"), addresses(&["240.0.0.5", "fd00::5"])),
             (name("both"), addresses(&["10.96.0.1", "10.97.0.2"])),
-        ]);
+        ]));
         let ranges = VipPools {
             ipv4: "10.96.0.0/16".parse().unwrap(),
             ipv6: "fd00::/64".parse().unwrap(),

@@ -19,8 +19,9 @@ use super::{
     Node, NodeError, away, consul::LocalFollower, source::ruled, start, supervisor::Watchdog,
 };
 use crate::{
+    catalog::store::Catalog,
     config::{self, Config, FilesConfig, SourceConfig},
-    datapath::{NetnsCookie, Undesired},
+    datapath::{DatapathError, NetnsCookie, Reconciled, Undesired},
     health,
     inbound::{listeners::TunnelListeners, targets::Targets},
     telemetry::log::chain,
@@ -31,6 +32,9 @@ const NAMESPACES: Duration = Duration::from_secs(1);
 
 /// How often what a vanished connect left behind is swept, and how old that is.
 const SWEEP: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(30));
+
+/// How often the kernel is compared with the catalog without a change: somebody else may have changed a map.
+const COMPARE: Duration = Duration::from_secs(60);
 
 /// Resolves when something of what Consul registers here has changed.
 async fn changed(local: &mut Option<LocalFollower>) {
@@ -52,8 +56,13 @@ pub(super) struct Follower {
     namespaces: BTreeMap<PathBuf, NetnsCookie>,
     /// The kernel's maps could not be brought up to date; try again.
     behind: bool,
+    /// What the kernel was last brought up to date with.
+    in_kernel: Option<(Arc<Catalog>, Arc<Config>)>,
+    /// What of `[[away]]` is not possible, as last told.
+    away_problems: Vec<String>,
     look_for_namespaces: Interval,
     sweep: Interval,
+    compare: Interval,
     watchdog: Watchdog,
 }
 
@@ -76,8 +85,11 @@ impl Follower {
             versions,
             namespaces: BTreeMap::new(),
             behind: false,
+            in_kernel: None,
+            away_problems: vec![],
             look_for_namespaces: every(NAMESPACES),
             sweep: every(SWEEP.0),
+            compare: every(COMPARE),
             watchdog: Watchdog::new(),
         })
     }
@@ -89,7 +101,7 @@ impl Follower {
     /// Waits for one change and applies it. Cancel-safe: a change that was not applied is seen again.
     pub(super) async fn next_change(&mut self) {
         tokio::select! {
-            Ok(()) = self.versions.changed() => self.apply_catalog(),
+            Ok(()) = self.versions.changed() => self.follow_catalog(),
             () = changed(&mut self.local) => self.follow_local(),
             _ = self.look_for_namespaces.tick() => {
                 self.watchdog.alive();
@@ -104,51 +116,74 @@ impl Follower {
                 }
             }
             _ = self.sweep.tick() => self.sweep_flows(),
+            _ = self.compare.tick() => self.apply_catalog(),
         }
+    }
+
+    /// Puts the current catalog in force everywhere, whatever the kernel says now.
+    pub(super) fn apply_catalog(&mut self) {
+        self.in_kernel = None;
+        self.follow_catalog();
     }
 
     /// Puts the current catalog in force everywhere.
     ///
     /// Policy first and cutting last: a connection that begins meanwhile is decided by the new intentions,
     /// one that began before is found in the table.
-    pub(super) fn apply_catalog(&mut self) {
+    fn follow_catalog(&mut self) {
         self.versions.mark_unchanged();
         let node = Arc::clone(&self.node);
         let catalog = node.catalog.current();
-        let config = node.config.load();
         node.decide_by(&catalog.snapshot);
         self.follow_local();
-        let undesired = if catalog.snapshot.is_whole {
-            Undesired::Remove
-        } else {
-            Undesired::Keep
-        };
-        // A catalog that did not get to the kernel is tried again every second.
-        if !self.behind {
-            for problem in away::problems(&config.away, &catalog, start::vip_pools(&config)) {
-                tracing::error!(problem, "configuration");
+        self.follow_in_kernel(&catalog);
+        let found = self.local.as_ref().map(LocalFollower::found);
+        let found = found.unwrap_or_default();
+        node.outbound.balancer.retain(&catalog.snapshot, &found);
+        self.forget_certificates(&node.config.load());
+        node.cut_forbidden();
+        node.cut_lost();
+    }
+
+    /// Brings to the kernel what changed since it was last brought up to date: mostly nothing, since it knows no
+    /// endpoints.
+    fn follow_in_kernel(&mut self, catalog: &Arc<Catalog>) {
+        let config = self.node.config.load_full();
+        self.tell_away_problems(catalog, &config);
+        let before = self
+            .in_kernel
+            .take()
+            .filter(|(_, before)| Arc::ptr_eq(before, &config));
+        let changed = before
+            .as_ref()
+            .and_then(|(before, _)| catalog.changed_in_kernel(before));
+        let result = match changed {
+            Some(changed) if changed.is_empty() => Ok(Reconciled::default()),
+            Some(changed) => {
+                let some = catalog.vip_targets_of(changed, &config.away);
+                self.node.datapath.update(&some)
             }
-        }
-        let mut targets = catalog.vip_targets(&config.away);
-        for address in health::reserved(config.capture.ipv6_range) {
-            targets.ports.insert(address, health::target());
-        }
-        match node.datapath.reconcile(&targets, undesired) {
+            None => self.bring_all(catalog, &config),
+        };
+        match result {
             Ok(changed) => {
                 self.behind = false;
-                *node.kernel_problem.lock() = None;
-                tracing::info!(
-                    version = catalog.version,
-                    added = changed.added,
-                    changed = changed.changed,
-                    removed = changed.removed,
-                    "virtual addresses in the kernel"
-                );
+                self.in_kernel = Some((Arc::clone(catalog), config));
+                *self.node.kernel_problem.lock() = None;
+                if changed != Reconciled::default() {
+                    tracing::info!(
+                        version = catalog.version,
+                        added = changed.added,
+                        changed = changed.changed,
+                        removed = changed.removed,
+                        "virtual addresses in the kernel"
+                    );
+                }
             }
             Err(error) => {
                 self.behind = true;
                 let problem = chain(&error).to_string();
-                let before = node.kernel_problem.lock().replace(problem.clone());
+                let before = self.node.kernel_problem.lock().replace(problem.clone());
                 // It is tried again every second.
                 if before.as_ref() != Some(&problem) {
                     tracing::error!(
@@ -158,12 +193,30 @@ impl Follower {
                 }
             }
         }
-        let found = self.local.as_ref().map(LocalFollower::found);
-        let found = found.unwrap_or_default();
-        node.outbound.balancer.retain(&catalog.snapshot, &found);
-        self.forget_certificates(&config);
-        node.cut_forbidden();
-        node.cut_lost();
+    }
+
+    fn tell_away_problems(&mut self, catalog: &Catalog, config: &Config) {
+        let problems = away::problems(&config.away, catalog, start::vip_pools(config));
+        for problem in &problems {
+            if !self.away_problems.contains(problem) {
+                tracing::error!(problem, "configuration");
+            }
+        }
+        self.away_problems = problems;
+    }
+
+    /// Compares all that the kernel has with the catalog.
+    fn bring_all(&self, catalog: &Catalog, config: &Config) -> Result<Reconciled, DatapathError> {
+        let undesired = if catalog.snapshot.is_whole {
+            Undesired::Remove
+        } else {
+            Undesired::Keep
+        };
+        let mut targets = catalog.vip_targets(&config.away);
+        for address in health::reserved(config.capture.ipv6_range) {
+            targets.ports.insert(address, health::target());
+        }
+        self.node.datapath.reconcile(&targets, undesired)
     }
 
     /// Takes tunnels for what is on this node now: by Consul's registrations, or by the catalog.

@@ -36,6 +36,8 @@ pub struct VipAllocator {
     given: BTreeMap<ServiceName, Given>,
     /// The state file says something else than `given`.
     is_unsaved: bool,
+    /// The last assignment had no problem.
+    is_settled: bool,
 }
 
 /// What one service has, or had until `freed_at`.
@@ -142,6 +144,7 @@ impl VipAllocator {
                 quarantine,
                 given,
                 is_unsaved: false,
+                is_settled: false,
             },
             problem,
         )
@@ -159,6 +162,7 @@ impl VipAllocator {
             quarantine: Duration::ZERO,
             given: parse_state(state)?,
             is_unsaved: false,
+            is_settled: false,
         })
     }
 
@@ -179,7 +183,14 @@ impl VipAllocator {
         }
         self.is_unsaved |= before != self.given;
         assigned.problems.extend(self.save());
+        self.is_settled = assigned.problems.is_empty();
         assigned
+    }
+
+    /// Whether the same services with the same explicit addresses would be assigned what they were last, without a word.
+    /// What is held back is then let go with the next assignment.
+    pub fn is_settled(&self) -> bool {
+        self.is_settled
     }
 
     /// Writes the state file if it says something else. What could not be written is tried again next time.
@@ -302,21 +313,22 @@ fn spread(hash: u64) -> u64 {
 fn claim_explicit(snapshot: &Snapshot, assigned: &mut Assigned) -> BTreeSet<IpAddr> {
     let mut owners: BTreeMap<IpAddr, &ServiceName> = BTreeMap::new();
     for (name, service) in &snapshot.services {
-        for address in &service.explicit_addresses {
-            if let Some(owner) = owners.get(address) {
+        let canonical = service.explicit_addresses.iter().map(IpAddr::to_canonical);
+        for address in canonical {
+            let owner = *owners.entry(address).or_insert(name);
+            if owner != name {
                 assigned.problems.push(VipProblem::ClaimedTwice {
-                    address: *address,
-                    owner: (*owner).clone(),
+                    address,
+                    owner: owner.clone(),
                     refused: name.clone(),
                 });
                 continue;
             }
-            owners.insert(*address, name);
             assigned
                 .addresses
                 .entry(name.clone())
                 .or_default()
-                .insert(*address);
+                .insert(address);
         }
     }
     owners.into_keys().collect()

@@ -271,6 +271,23 @@ impl Iptables {
         Ok(reconciled)
     }
 
+    /// Makes the rules say what `some` says, and what they say already of the rest.
+    ///
+    /// # Errors
+    /// As [`Self::reconcile`].
+    pub fn update(&self, some: &VipTargets) -> Result<Reconciled, DatapathError> {
+        let known = self.known.load_full();
+        let mut desired = known.desired.clone();
+        desired.ports.extend(&some.ports);
+        desired.any_port.extend(&some.any_port);
+        let undesired = if known.keeps {
+            Undesired::Keep
+        } else {
+            Undesired::Remove
+        };
+        self.reconcile(&desired, undesired)
+    }
+
     /// Writes the rules anew in every namespace: somebody may have removed them, or a cgroup may be another one of
     /// its name.
     ///
