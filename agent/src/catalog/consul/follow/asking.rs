@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeSet, VecDeque},
     sync::Arc,
+    time::Duration,
 };
 
 use parking_lot::Mutex;
@@ -26,7 +27,7 @@ use crate::{
         model::{NodeName, ServiceName},
     },
     consul::{
-        Client, ConsulError, Event, Request, Watch,
+        Client, ConsulError, Event, Request, Watch, WatchSettings,
         answers::{List, ServiceNames},
         judge::{Content, Doubt},
         position::{Pace, PaceLimits},
@@ -38,14 +39,38 @@ use crate::{
 /// Of the names under which a service's instances were seen, how many are asked about once all have vanished.
 const NAMES_ASKED_ABOUT: usize = 3;
 
+/// Consul answers with the names of all services at any change of any instance: in a datacenter that never rests, that
+/// is read twice a second.
+const NAMES_PACE: PaceLimits = PaceLimits {
+    burst: 5,
+    interval: Duration::from_millis(500),
+    pause_min: Duration::from_millis(100),
+    pause_max: Duration::from_secs(30),
+};
+
 impl Runner {
     /// Everything but instances and chains.
     pub(super) fn ask_for_the_rest(&mut self) {
-        self.ask_for::<ServiceNames>(&["v1", "catalog", "services"], Message::Names, None);
+        let rarely = WatchSettings {
+            pace: NAMES_PACE,
+            ..self.settings.watch
+        };
+        let names = ["v1", "catalog", "services"];
+        self.ask_for::<ServiceNames>(&names, rarely, Message::Names, None);
         let defaults = ["v1", "config", "service-defaults"];
-        self.ask_for(&defaults, Message::Defaults, Some(Arc::default));
+        self.ask_for(
+            &defaults,
+            self.settings.watch,
+            Message::Defaults,
+            Some(Arc::default),
+        );
         let global = ["v1", "config", "proxy-defaults"];
-        self.ask_for(&global, Message::Global, Some(Arc::default));
+        self.ask_for(
+            &global,
+            self.settings.watch,
+            Message::Global,
+            Some(Arc::default),
+        );
         let resolvers = ["v1", "config", "service-resolver"];
         let watch = Watch::new(
             self.client.clone(),
@@ -86,10 +111,11 @@ impl Runner {
     fn ask_for<T: DeserializeOwned + PartialEq + Content + Send + Sync + 'static>(
         &mut self,
         path: &[&str],
+        settings: WatchSettings,
         message: fn(Arc<T>) -> Message,
         otherwise: Option<fn() -> Arc<T>>,
     ) {
-        let watch = Watch::new(self.client.clone(), Request::to(path), self.settings.watch);
+        let watch = Watch::new(self.client.clone(), Request::to(path), settings);
         self.fixed.push(watch.status());
         let following = follow(watch, self.into.clone(), message, otherwise);
         self.tasks.spawn(async move {
