@@ -47,6 +47,14 @@ pub(super) struct Endpoint {
     pub(super) wan: Option<SocketAddr>,
 }
 
+impl Endpoints {
+    /// Whether there are instances and none takes calls, so that the kernel refuses them.
+    pub(super) fn is_refused(&self) -> bool {
+        let mut instances = self.list.iter().map(|endpoint| &endpoint.instance);
+        !self.list.is_empty() && instances.all(|instance| instance.weight() == 0)
+    }
+}
+
 impl Content for Endpoints {
     fn is_empty(&self) -> bool {
         self.listed == 0

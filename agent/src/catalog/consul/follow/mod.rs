@@ -95,6 +95,9 @@ pub(super) struct Runner {
     due: VecDeque<Query>,
     /// Whose turn it is to be read again.
     turn: usize,
+    /// The same among those that are refused as last read, every second time.
+    turn_of_refused: usize,
+    is_turn_of_refused: bool,
     turn_at: Instant,
     /// After a failed read.
     read_not_before: Instant,
@@ -150,6 +153,8 @@ impl Runner {
             chains: None,
             due: VecDeque::new(),
             turn: 0,
+            turn_of_refused: 0,
+            is_turn_of_refused: false,
             turn_at: now,
             read_not_before: now,
             read_pace: Pace::new(PaceLimits::default(), now),
@@ -519,15 +524,37 @@ impl Runner {
             .count()
     }
 
+    /// Every second time one that the kernel refuses by what was last read, if there is any: nobody's call makes it
+    /// read at once.
     fn next_in_turn(&mut self) -> Option<Query> {
-        for _ in 0..self.queries.len() {
-            self.turn = (self.turn + 1) % self.queries.len();
-            let query = self.queries.get(self.turn)?;
-            if matches!(self.asking.get(query), Some(Asking::Idle(_))) {
-                return Some(query.clone());
+        self.is_turn_of_refused = !self.is_turn_of_refused;
+        if self.is_turn_of_refused {
+            let refused = self.next_idle(self.turn_of_refused, |known| {
+                known.is_some_and(Endpoints::is_refused)
+            });
+            if let Some((turn, query)) = refused {
+                self.turn_of_refused = turn;
+                return Some(query);
             }
         }
-        None
+        let (turn, query) = self.next_idle(self.turn, |_known| true)?;
+        self.turn = turn;
+        Some(query)
+    }
+
+    /// The first after `turn` that may be read and was, last time, as `is_meant` says; with its place.
+    fn next_idle(
+        &self,
+        turn: usize,
+        is_meant: impl Fn(Option<&Endpoints>) -> bool,
+    ) -> Option<(usize, Query)> {
+        let places = (1..=self.queries.len()).map(|step| (turn + step) % self.queries.len());
+        let mut queries = places.filter_map(|place| Some((place, self.queries.get(place)?)));
+        let found = queries.find(|(_, query)| {
+            matches!(self.asking.get(query), Some(Asking::Idle(_)))
+                && is_meant(self.state.endpoints.get(query).map(AsRef::as_ref))
+        });
+        found.map(|(place, query)| (place, query.clone()))
     }
 
     /// A task has ended: its watch is free again.
@@ -656,5 +683,68 @@ async fn at(time: Option<Instant>) {
     match time {
         Some(time) => sleep_until(time).await,
         None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::{
+        consul::{ClientSettings, ConsulAddress},
+        identity::LocalDomain,
+    };
+
+    fn known(health: &str) -> Arc<Endpoints> {
+        serde_json::from_value(json!([{
+            "Node": {"Node": "n1", "Address": "192.0.2.7"},
+            "Service": {"ID": "x", "Port": 1, "Connect": {"Native": true}},
+            "Checks": [{"Status": health}],
+        }]))
+        .unwrap()
+    }
+
+    #[tokio::test]
+    async fn every_second_turn_is_of_one_that_is_refused() {
+        let client = Client::new(ClientSettings {
+            address: ConsulAddress::Unix("/nowhere".into()),
+            token_file: None,
+            tls: None,
+            namespace: None,
+            partition: None,
+            datacenter: None,
+        });
+        let domain = LocalDomain::new("td.test".parse().unwrap(), "dc1".to_owned());
+        let settings = SourceSettings::new("n1".parse().unwrap(), domain);
+        let (source, _handle) = ConsulSource::new(client, settings, watch::channel(None).1);
+        let mut runner = Runner::new(source);
+        for number in 0..6 {
+            let query = Query::of(&format!("s{number}").parse().unwrap());
+            let health = if matches!(number, 2 | 4) {
+                "critical"
+            } else {
+                "passing"
+            };
+            let watch = runner.new_watch(&query);
+            runner.asking.insert(query.clone(), Asking::Idle(watch));
+            let known = if number == 5 {
+                Arc::default()
+            } else {
+                known(health)
+            };
+            runner.state.endpoints.insert(query.clone(), known);
+            runner.queries.push(query);
+        }
+        let mut turns = |count: usize| -> Vec<String> {
+            let turns = (0..count).map(|_| runner.next_in_turn().unwrap());
+            turns.map(|query| query.service.to_string()).collect()
+        };
+        assert_eq!(turns(6), ["s2", "s1", "s4", "s2", "s2", "s3"]);
+        assert_eq!(turns(6), ["s4", "s4", "s2", "s5", "s4", "s0"]);
+        runner.state.endpoints.clear();
+        let mut turns = (0..2).map(|_| runner.next_in_turn().unwrap().service.to_string());
+        assert_eq!(turns.next().as_deref(), Some("s1"));
+        assert_eq!(turns.next().as_deref(), Some("s2"));
     }
 }
