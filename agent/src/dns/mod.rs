@@ -36,7 +36,7 @@ use hickory_proto::{
     rr::DNSClass,
 };
 use tokio::{
-    sync::{Notify, mpsc},
+    sync::{Notify, mpsc, watch},
     time::timeout,
 };
 
@@ -48,7 +48,7 @@ use self::{
 use crate::{
     catalog::{
         consul::{ConsulHandle, LookUp},
-        store::{Catalog, CatalogStore},
+        store::Catalog,
     },
     lifecycle::Shutdown,
     telemetry::{
@@ -123,20 +123,23 @@ impl Resolver {
         self
     }
 
-    /// Follows the catalog until everything has drained.
-    pub fn follow(self: &Arc<Self>, store: &Arc<CatalogStore>, shutdown: &Shutdown) {
-        let (resolver, store, stopped) = (Arc::clone(self), Arc::clone(store), shutdown.clone());
-        let mut versions = store.versions();
+    /// Follows the catalog as it comes into force, until everything has drained.
+    pub fn follow(
+        self: &Arc<Self>,
+        mut in_force: watch::Receiver<Arc<Catalog>>,
+        shutdown: &Shutdown,
+    ) {
+        let (resolver, stopped) = (Arc::clone(self), shutdown.clone());
         shutdown.spawn_service("dns names", async move {
             loop {
                 let settings = Arc::clone(resolver.zone.load().settings());
-                let zone = Zone::new(settings, store.current());
-                resolver.zone.store(Arc::new(zone));
+                let catalog = Arc::clone(&in_force.borrow_and_update());
+                resolver.zone.store(Arc::new(Zone::new(settings, catalog)));
                 resolver.renewed.notify_waiters();
                 tokio::select! {
                     biased;
                     () = stopped.stopped() => return,
-                    changed = versions.changed() => if changed.is_err() { return },
+                    changed = in_force.changed() => if changed.is_err() { return },
                 }
             }
         });

@@ -137,6 +137,7 @@ impl Follower {
         node.decide_by(&catalog.snapshot);
         self.follow_local();
         self.follow_in_kernel(&catalog);
+        node.in_kernel.send_replace(Arc::clone(&catalog));
         let found = self.local.as_ref().map(LocalFollower::found);
         let found = found.unwrap_or_default();
         node.outbound.balancer.retain(&catalog.snapshot, &found);

@@ -33,7 +33,10 @@ use std::{
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
 
 use self::{
     authority::Authority,
@@ -43,7 +46,7 @@ use crate::{
     admin::status::PredecessorStatus,
     catalog::{
         model::{IntentionAction, NodeName, Snapshot},
-        store::CatalogStore,
+        store::{Catalog, CatalogStore},
     },
     config::Config,
     connections::Connections,
@@ -96,6 +99,8 @@ struct Node {
     catalog: Arc<CatalogStore>,
     /// What the catalog's source and its addresses complain about now.
     catalog_problems: Mutex<Vec<String>>,
+    /// The catalog that was last brought to the kernel: names lead to addresses only once the kernel has them.
+    in_kernel: watch::Sender<Arc<Catalog>>,
     /// Why the kernel does not have the catalog in force.
     kernel_problem: Mutex<Option<String>>,
     policy: Arc<PolicyStore>,

@@ -38,12 +38,17 @@ pub(super) fn serve(node: &Arc<Node>) -> Result<(), NodeError> {
     let forwarder = Forwarder::new(upstreams(dns))
         .with_domain(dns.domain.clone(), consuls.unwrap_or_default().to_vec());
     let metrics = Arc::clone(node.telemetry.metrics());
-    let resolver = Resolver::new(settings, node.catalog.current(), forwarder, metrics);
+    let resolver = Resolver::new(
+        settings,
+        Arc::clone(&node.in_kernel.borrow()),
+        forwarder,
+        metrics,
+    );
     let resolver = Arc::new(match &node.consul {
         Some(consul) => resolver.with_source(consul.source.clone()),
         None => resolver,
     });
-    resolver.follow(&node.catalog, &node.shutdown);
+    resolver.follow(node.in_kernel.subscribe(), &node.shutdown);
     let gate = Arc::new(Gate {
         allowed: dns.allow.clone(),
         limit: RateLimit::new(dns.queries_per_second),

@@ -115,6 +115,7 @@ pub(super) async fn start(
     let tunnels = tunnel_listeners(&config, &inbound, &sockets)?;
     let captures =
         CaptureNamespaces::new(Arc::clone(&outbound), config.capture.port, sockets.clone());
+    let in_kernel = catalog.current();
     let node = Arc::new(Node {
         config_path,
         started_at: SystemTime::now(),
@@ -124,6 +125,7 @@ pub(super) async fn start(
         telemetry,
         catalog,
         catalog_problems: Mutex::new(problems),
+        in_kernel: tokio::sync::watch::Sender::new(in_kernel),
         kernel_problem: Mutex::default(),
         policy,
         authority,
