@@ -198,13 +198,32 @@ impl ConsulMesh {
         self.lab.start_agents()
     }
 
+    /// What `node` has of `service` in force: in the kernel, too, which hears of it after the status does. `None` if it
+    /// is not known, or not yet there.
+    pub fn in_force(&self, node: &Node, service: &str) -> Option<Value> {
+        let status = node.status().ok()?;
+        let services = status.get("services").and_then(Value::as_array)?;
+        let found = services
+            .iter()
+            .find(|it| it.get("name").is_some_and(|name| name == service))?;
+        let version = status.pointer("/catalog/version").and_then(Value::as_u64)?;
+        let said = node.agent_said();
+        let mut lines = said.lines().rev();
+        let last = lines.find(|line| line.contains("virtual addresses in the kernel"))?;
+        let words = last
+            .split(' ')
+            .find_map(|word| word.strip_prefix("version="));
+        let has: u64 = words?.parse().ok()?;
+        (has >= version).then(|| found.clone())
+    }
+
     /// Waits until node a can call `service`. Returns its virtual address.
     ///
     /// # Errors
     /// If it does not come to that; with what the agents said.
     pub fn callable(&self, service: &str) -> Result<IpAddr> {
         let found = wait_for_value(&format!("{service} to be callable"), SOON, || {
-            let Ok(status) = self.lab.a.service(service) else {
+            let Some(status) = self.in_force(&self.lab.a, service) else {
                 return Ok(None);
             };
             let available = status.get("available").and_then(Value::as_u64);

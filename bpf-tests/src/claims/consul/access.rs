@@ -79,7 +79,7 @@ pub(super) fn a_token_for_one_service_is_enough_for_it(_size: Size) -> Result<Fi
     let page = page(&mesh)?;
     // The other way: `web` calls `shop`, which echoes.
     let shop = wait_for_value("shop to be callable from b", SOON, || {
-        let service = mesh.lab.b.service("shop").unwrap_or_default();
+        let service = mesh.in_force(&mesh.lab.b, "shop").unwrap_or_default();
         let address = service.pointer("/addresses/0").and_then(Value::as_str);
         let available = service.get("available").and_then(Value::as_u64);
         Ok(address.filter(|_| available > Some(0)).map(str::to_owned))

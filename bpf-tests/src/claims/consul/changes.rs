@@ -193,7 +193,7 @@ fn give(mesh: &ConsulMesh, service: &str, port: u16, address: Option<IpAddr>) ->
 fn until_owned(mesh: &ConsulMesh, owner: &str, address: IpAddr) -> Result<()> {
     let wanted = address.to_string();
     wait_for_value(&format!("{owner} to have {address}"), SOON, || {
-        let service = mesh.lab.a.service(owner).unwrap_or_default();
+        let service = mesh.in_force(&mesh.lab.a, owner).unwrap_or_default();
         let has = service.pointer("/addresses/0").and_then(Value::as_str) == Some(&wanted);
         let available = service.get("available").and_then(Value::as_u64) > Some(0);
         Ok((has && available).then_some(()))
