@@ -297,7 +297,9 @@ pub(super) fn a_lying_answer_takes_nothing_away(size: Size) -> Result<Finding> {
     let storm = bench.storm(size)?;
     let before = bench.known()?;
     let (mut wrong, mut slowest) = (vec![], 0);
-    for (lie, steps, words) in lies {
+    // The real Consul does the first by itself, in the claim about a lost token.
+    let lies = lies.get(size.pick(1, 0)..).unwrap_or_default();
+    for (lie, steps, words) in lies.iter().copied() {
         for rules in steps {
             bench.set(rules);
             bench
