@@ -200,17 +200,14 @@ impl Owners {
                 continue;
             };
             for address in addresses.iter().map(IpAddr::to_canonical) {
-                match &service.ports {
-                    Ports::Listed(ports) => {
-                        owners.by_destination.extend(ports.iter().map(|port| {
-                            let destination = SocketAddr::new(address, *port);
-                            (destination, name.clone())
-                        }))
-                    }
-                    Ports::Any => {
-                        owners.by_address.insert(address, name.clone());
-                    }
-                }
+                let Ports::Listed(ports) = &service.ports else {
+                    owners.by_address.insert(address, name.clone());
+                    continue;
+                };
+                let destinations = ports.iter().map(|port| SocketAddr::new(address, *port));
+                owners
+                    .by_destination
+                    .extend(destinations.map(|destination| (destination, name.clone())));
             }
         }
         owners

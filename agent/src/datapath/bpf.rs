@@ -404,7 +404,7 @@ fn next_entries<K: Pod, V: Pod>(
     map: BorrowedFd<'_>,
     position: Option<u32>,
     room: u32,
-) -> io::Result<(impl Iterator<Item = (K, V)> + ExactSizeIterator, Next)> {
+) -> io::Result<(impl ExactSizeIterator<Item = (K, V)>, Next)> {
     let mut keys: Vec<K> = Vec::with_capacity(room as usize);
     let mut values: Vec<V> = Vec::with_capacity(room as usize);
     let mut next = 0_u32;
