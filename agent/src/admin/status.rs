@@ -122,6 +122,8 @@ pub struct AttachmentStatus {
 pub struct CatalogStatus {
     /// Its number; rises with every change.
     pub version: u64,
+    /// The number of the one that was last brought to the kernel, moments later.
+    pub kernel_version: u64,
     /// How many services it has.
     pub services: usize,
     /// How many instances it has.

@@ -31,6 +31,16 @@ pub struct TunnelListeners {
     /// Ports that are declared and could not be opened.
     failed: BTreeSet<u16>,
     hbone: Option<(u16, Kept)>,
+    /// Of the ports that are open from the start: what comes in waits until the first [`Self::follow`], since before it is
+    /// not known what is on this node.
+    waiting: Vec<Waiting>,
+}
+
+/// A listener that nothing is accepted from yet.
+#[derive(Debug)]
+enum Waiting {
+    Shared(TcpListener),
+    Hbone(TcpListener),
 }
 
 #[derive(Debug)]
@@ -67,8 +77,10 @@ impl TunnelListeners {
             open: BTreeMap::new(),
             failed: BTreeSet::new(),
             hbone: None,
+            waiting: Vec::new(),
         };
-        listeners.start(shared_port)?;
+        let listener = listeners.bind(shared_port)?;
+        listeners.waiting.push(Waiting::Shared(listener));
         Ok(listeners)
     }
 
@@ -79,18 +91,20 @@ impl TunnelListeners {
     pub fn open_hbone(&mut self, port: u16) -> Result<(), TunnelListenError> {
         let (listener, kept) = self.listener(port)?;
         self.hbone = Some((port, kept));
-        let inbound = Arc::clone(&self.inbound);
-        let serve = Arc::clone(&inbound).serve_hbone(listener);
-        inbound.shutdown.spawn("hbone listener", serve);
-        let address = SocketAddr::new(self.address, port);
-        tracing::info!(%address, "taking HBONE tunnels");
+        self.waiting.push(Waiting::Hbone(listener));
         Ok(())
     }
 
-    /// Opens and closes ports to match the instances of this node. What cannot be opened is tried again
+    /// Opens and closes ports to match the instances of this node, which [`Inbound`] is to know already. What cannot be opened is tried again
     /// at the next call; connections of a closed port live on.
     pub fn follow(&mut self, declared: &BTreeSet<u16>) {
         let shared = self.shared_port;
+        for waiting in std::mem::take(&mut self.waiting) {
+            match waiting {
+                Waiting::Shared(listener) => self.serve(shared, listener),
+                Waiting::Hbone(listener) => self.serve_hbone(listener),
+            }
+        }
         self.open.retain(|port, listener| {
             let keep = *port == shared || declared.contains(port);
             if !keep {
@@ -131,13 +145,25 @@ impl TunnelListeners {
     }
 
     fn start(&mut self, port: u16) -> Result<(), TunnelListenError> {
+        let listener = self.bind(port)?;
+        self.serve(port, listener);
+        Ok(())
+    }
+
+    fn bind(&mut self, port: u16) -> Result<TcpListener, TunnelListenError> {
         let (listener, kept) = self.listener(port)?;
-        let closed = CancellationToken::new();
         let open = OpenPort {
-            closed: closed.clone(),
+            closed: CancellationToken::new(),
             _kept: kept,
         };
         self.open.insert(port, open);
+        Ok(listener)
+    }
+
+    fn serve(&self, port: u16, listener: TcpListener) {
+        let Some(closed) = self.open.get(&port).map(|open| open.closed.clone()) else {
+            return;
+        };
         let inbound = Arc::clone(&self.inbound);
         self.inbound.shutdown.spawn("tunnel listener", async move {
             tokio::select! {
@@ -147,7 +173,19 @@ impl TunnelListeners {
         });
         let address = SocketAddr::new(self.address, port);
         tracing::info!(%address, "taking tunnels");
-        Ok(())
+    }
+
+    fn serve_hbone(&self, listener: TcpListener) {
+        let inbound = Arc::clone(&self.inbound);
+        let serve = Arc::clone(&inbound).serve_hbone(listener);
+        inbound.shutdown.spawn("hbone listener", serve);
+        let addresses = self
+            .hbone
+            .iter()
+            .map(|(port, _)| SocketAddr::new(self.address, *port));
+        for address in addresses {
+            tracing::info!(%address, "taking HBONE tunnels");
+        }
     }
 
     fn listener(&self, port: u16) -> Result<(TcpListener, Kept), TunnelListenError> {

@@ -222,6 +222,7 @@ fn catalog_status(node: &Node) -> CatalogStatus {
     let catalog = node.catalog.current();
     CatalogStatus {
         version: catalog.version,
+        kernel_version: node.in_kernel.borrow().version,
         services: catalog.snapshot.services.len(),
         instances: instances(&catalog.snapshot),
         age_seconds: catalog.published_at.map(since).unwrap_or_default(),

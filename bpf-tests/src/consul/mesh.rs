@@ -207,13 +207,8 @@ impl ConsulMesh {
             .iter()
             .find(|it| it.get("name").is_some_and(|name| name == service))?;
         let version = status.pointer("/catalog/version").and_then(Value::as_u64)?;
-        let said = node.agent_said();
-        let mut lines = said.lines().rev();
-        let last = lines.find(|line| line.contains("virtual addresses in the kernel"))?;
-        let words = last
-            .split(' ')
-            .find_map(|word| word.strip_prefix("version="));
-        let has: u64 = words?.parse().ok()?;
+        let kernel = status.pointer("/catalog/kernel_version");
+        let has = kernel.and_then(Value::as_u64)?;
         (has >= version).then(|| found.clone())
     }
 

@@ -7,7 +7,7 @@ use crate::{daemon::Daemon, mesh::local, node::Node};
 const SCRIPT: &str = include_str!("newer.py");
 
 /// Where it serves, and where it asks.
-const PORTS: (u16, u16) = (8_600, 8_500);
+const PORTS: (u16, u16) = (8_700, 8_500);
 
 /// Stands before a node's Consul agent, at [`NewerConsul::HTTP`]; ends when dropped.
 #[derive(Debug)]
@@ -15,7 +15,7 @@ pub struct NewerConsul(Daemon);
 
 impl NewerConsul {
     /// Where it serves the API.
-    pub const HTTP: &str = "http://127.0.0.1:8600";
+    pub const HTTP: &str = "http://127.0.0.1:8700";
 
     /// In front of the agent on `node`.
     ///

@@ -42,6 +42,7 @@ fn example() -> Status {
         capture: BTreeMap::from([("rewritten".to_owned(), 3)]),
         catalog: CatalogStatus {
             version: 2,
+            kernel_version: 2,
             services: 3,
             instances: 4,
             age_seconds: 5,

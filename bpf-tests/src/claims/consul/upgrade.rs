@@ -97,7 +97,14 @@ pub(super) fn an_upgrade_is_not_seen_in_consul(size: Size) -> Result<Finding> {
     })?;
     let targets = mesh.write_targets(&[(names, "name0")])?;
     let storm = Storm::begin(&mesh.shop, targets, size)?;
-    let known = [certificates(&mesh.lab.a)?, certificates(&mesh.lab.b)?];
+    let known = wait_for_value("both sides' certificates", SOON, || {
+        let all = [certificates(&mesh.lab.a)?, certificates(&mesh.lab.b)?];
+        let issued = |of_node: &Vec<_>| {
+            let mut texts = of_node.iter().flatten();
+            !of_node.is_empty() && texts.all(|text: &String| !text.is_empty())
+        };
+        Ok(all.iter().all(issued).then_some(all))
+    })?;
     let is_over = AtomicBool::new(false);
     let seen = thread::scope(|scope| -> Result<Seen> {
         let (servers, own) = (mesh.api(), mesh.consul.b().api());
