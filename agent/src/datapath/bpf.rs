@@ -374,13 +374,12 @@ pub fn map_entries<K: Pod, V: Pod>(map: BorrowedFd<'_>) -> io::Result<Vec<(K, V)
     let mut position: Option<u32> = None;
     loop {
         let (found, next) = next_entries(map, position, room)?;
-        let is_empty = found.len() == 0;
         entries.extend(found);
         match next {
             Next::At(bucket) => position = Some(bucket),
-            // One bucket has more than there is room for.
-            Next::NeedsRoom if is_empty => room *= 2,
-            Next::NeedsRoom | Next::End => return Ok(entries),
+            // The next bucket alone has more than there is room for.
+            Next::NeedsRoom => room *= 2,
+            Next::End => return Ok(entries),
         }
     }
 }
@@ -404,7 +403,7 @@ fn next_entries<K: Pod, V: Pod>(
     map: BorrowedFd<'_>,
     position: Option<u32>,
     room: u32,
-) -> io::Result<(impl ExactSizeIterator<Item = (K, V)>, Next)> {
+) -> io::Result<(impl Iterator<Item = (K, V)>, Next)> {
     let mut keys: Vec<K> = Vec::with_capacity(room as usize);
     let mut values: Vec<V> = Vec::with_capacity(room as usize);
     let mut next = 0_u32;

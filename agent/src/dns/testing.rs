@@ -128,6 +128,7 @@ pub(crate) fn settings(service_answers: ServiceAnswers) -> ZoneSettings {
     }
 }
 
+#[cfg(test)]
 pub(crate) fn zone(service_answers: ServiceAnswers, is_whole: bool) -> Zone {
     Zone::new(Arc::new(settings(service_answers)), catalog(is_whole))
 }

@@ -95,8 +95,8 @@ impl TunnelListeners {
         Ok(())
     }
 
-    /// Opens and closes ports to match the instances of this node, which [`Inbound`] is to know already. What cannot be opened is tried again
-    /// at the next call; connections of a closed port live on.
+    /// Opens and closes ports to match the instances of this node, which [`Inbound`] is to know already. What cannot be
+    /// opened is tried again at the next call; connections of a closed port live on.
     pub fn follow(&mut self, declared: &BTreeSet<u16>) {
         let shared = self.shared_port;
         for waiting in std::mem::take(&mut self.waiting) {
