@@ -2,12 +2,15 @@
 
 mod consul;
 
-use std::{net::Ipv4Addr, path::Path};
+use std::{collections::BTreeSet, net::Ipv4Addr, path::Path};
 
 use tempfile::tempdir;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    time::timeout,
+};
 
-use super::*;
+use super::{listeners::TunnelListeners, *};
 use crate::{
     catalog::vip::{VipAllocator, VipPools},
     identity::{
@@ -17,6 +20,7 @@ use crate::{
         testing::{DAY, builtin_ca},
     },
     policy::Intentions,
+    sockets::ListeningSockets,
     telemetry::{
         access_log::{AccessLog, Destination, LineFormat},
         metrics::Metrics,
@@ -106,4 +110,28 @@ async fn a_health_check_leaves_no_line_and_no_outcome() {
         counted.len() == 1 && counted[0].ends_with(" 1"),
         "{counted:?}"
     );
+}
+
+#[tokio::test]
+async fn who_comes_before_it_is_known_what_is_here_waits() {
+    let place = tempdir().unwrap();
+    let ca = Arc::new(builtin_ca(place.path(), DAY, Arc::new(SystemClock)));
+    let inbound = inbound(ca, &place.path().join("access.log"));
+    let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let port = free.local_addr().unwrap().port();
+    drop(free);
+    let address = Ipv4Addr::LOCALHOST.into();
+    let sockets = ListeningSockets::default();
+    let mut listeners =
+        TunnelListeners::open(Arc::clone(&inbound), address, port, sockets).unwrap();
+
+    let mut early = TcpStream::connect((address, port)).await.unwrap();
+    early.write_all(b"GET / HTTP/1.0\r\n\r\n").await.unwrap();
+    let mut answer = Vec::new();
+    let answered = timeout(Duration::from_millis(200), early.read_to_end(&mut answer)).await;
+    assert!(answered.is_err(), "{answered:?} {answer:?}");
+
+    listeners.follow(&BTreeSet::new());
+    let answered = timeout(Duration::from_secs(20), early.read_to_end(&mut answer)).await;
+    assert!(answered.is_ok(), "served as soon as it is known");
 }
