@@ -20,8 +20,19 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 /// How often a long step says on a plain output that it is still at it.
 const HEARTBEAT: Duration = Duration::from_secs(15);
 
-/// Of a failed command's output, so many last lines are shown.
+/// Of a failed command's output, so many last lines are shown at most.
 const TAIL: usize = 400;
+
+/// What cargo and nextest say of what goes well: hundreds of lines, with the one that tells at their end.
+const PROGRESS: [&str; 7] = [
+    "Adding",
+    "Checking",
+    "Compiling",
+    "Downloaded",
+    "Downloading",
+    "Fresh",
+    "PASS",
+];
 
 /// All spinners, so that a step within a step gets a line of its own.
 static SPINNERS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
@@ -109,9 +120,7 @@ impl Step {
             .wait()
             .with_context(|| format!("waiting for {line}"))?;
         if !status.success() {
-            let start = said.len().saturating_sub(TAIL);
-            let tail = said.get(start..).unwrap_or_default().join("\n");
-            bail!("{line}: {status}\n{tail}");
+            bail!("{line}: {status}\n{}", telling(&said));
         }
         Ok(said)
     }
@@ -153,6 +162,21 @@ impl Drop for Step {
     }
 }
 
+/// The end of what a failed command said, without the progress before it.
+fn telling(said: &[String]) -> String {
+    let progress = |line: &str| {
+        let first = line.split_whitespace().next();
+        line.starts_with(' ') && first.is_some_and(|word| PROGRESS.contains(&word))
+    };
+    let telling: Vec<&str> = said
+        .iter()
+        .map(String::as_str)
+        .filter(|line| !progress(line))
+        .collect();
+    let start = telling.len().saturating_sub(TAIL);
+    telling.get(start..).unwrap_or_default().join("\n")
+}
+
 /// The command line, for people.
 fn command_line(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
@@ -177,4 +201,24 @@ pub(crate) fn table(rows: &[Vec<String>]) -> String {
         cells.join("  ").trim_end().to_owned()
     };
     rows.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::telling;
+
+    #[test]
+    fn a_failure_is_told_without_the_progress_before_it() {
+        let said = [
+            "   Compiling serde v1.0.229",
+            "        PASS [   0.016s] (1/2) sidestep one",
+            "error: linking failed",
+            "Compiling is what this line of an error speaks of",
+            "  ...",
+        ]
+        .map(str::to_owned);
+        let expected =
+            "error: linking failed\nCompiling is what this line of an error speaks of\n  ...";
+        assert_eq!(telling(&said), expected);
+    }
 }
