@@ -22,6 +22,10 @@ use crate::{
     identity::{consul_ca::ConsulAgent, workload::CgroupPaths},
 };
 
+/// For how long a test waits. Consul's agent tries a refused synchronisation again within 15 to 30 seconds
+/// (agent/ae, `retryFailIntv`).
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// A registrar that runs, and its surroundings.
 struct Scene {
     local: LocalServices,
@@ -105,7 +109,7 @@ async fn services(client: &Client) -> AgentServices {
 
 /// Waits until `condition` holds of what Consul's agent has.
 async fn until(client: &Client, what: &str, condition: impl Fn(&AgentServices) -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + PATIENCE;
     loop {
         let now = services(client).await;
         if condition(&now) {
@@ -117,7 +121,7 @@ async fn until(client: &Client, what: &str, condition: impl Fn(&AgentServices) -
 }
 
 async fn wait_for(what: &str, condition: impl Fn() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + PATIENCE;
     while !condition() {
         assert!(Instant::now() < deadline, "not {what}");
         sleep(Duration::from_millis(20)).await;
@@ -200,7 +204,7 @@ async fn an_instance_is_registered_followed_and_deregistered() {
 
     // Callers find it as soon as both of its checks pass.
     let healthy = Request::to(&["v1", "health", "connect", "web"]).with("passing", "");
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + PATIENCE;
     loop {
         let found = client.get::<List<HealthEntry>>(&healthy).await.unwrap();
         let ids = found.body.0.iter().map(|entry| entry.service.id.as_str());
@@ -233,7 +237,7 @@ async fn an_instance_is_registered_followed_and_deregistered() {
         now.0.contains_key("sidestep-web-1")
     })
     .await;
-    scene.shutdown.run("test", Duration::from_secs(20)).await;
+    scene.shutdown.run("test", PATIENCE).await;
     let left = services(&client).await.0;
     assert!(!left.contains_key("sidestep-web-1"), "it said farewell");
     assert!(left.contains_key("web-1-sidecar-proxy") && left.contains_key("sidestep-of-b"));
@@ -254,7 +258,7 @@ async fn an_agent_that_is_replaced_leaves_its_registrations_to_the_next() {
         now.0.contains_key("sidestep-web-1")
     })
     .await;
-    scene.shutdown.run("test", Duration::from_secs(20)).await;
+    scene.shutdown.run("test", PATIENCE).await;
     assert!(services(&client).await.0.contains_key("sidestep-web-1"));
 }
 
@@ -274,7 +278,7 @@ async fn missing_and_lost_rights_are_told_and_nothing_is_dropped() {
         service "web-sidestep-proxy" { policy = "write" }
     "#;
     let policy = json!({"Name": "service", "Rules": of_service});
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + PATIENCE;
     let request = Request::to(&["v1", "acl", "policy"]);
     while root.put(&request, &policy).await.is_err() {
         assert!(Instant::now() < deadline, "no ACLs");
@@ -330,7 +334,7 @@ async fn missing_and_lost_rights_are_told_and_nothing_is_dropped() {
     assert_eq!(agent.node, "node1");
     // Consul's agent told the servers, which takes rights too.
     let proxies = Request::to(&["v1", "catalog", "service", "web-sidestep-proxy"]);
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + PATIENCE;
     let none_yet = async || {
         let answer = root.get::<List<Value>>(&proxies).await.unwrap();
         answer.body.0.is_empty()
@@ -339,7 +343,7 @@ async fn missing_and_lost_rights_are_told_and_nothing_is_dropped() {
         assert!(Instant::now() < deadline, "not in the catalog");
         sleep(Duration::from_millis(50)).await;
     }
-    scene.shutdown.run("test", Duration::from_secs(20)).await;
+    scene.shutdown.run("test", PATIENCE).await;
     let left = services(&root).await.0;
     assert!(!left.contains_key("sidestep-web-1"));
 }
@@ -475,7 +479,7 @@ async fn the_process_that_listens_for_a_service_is_the_service() {
     wait_for("gone", || scene.workloads.resolve(&maker(id)).is_err()).await;
     wait_for("told", || scene.local.status().discovered.is_empty()).await;
     assert!(services(&client).await.0.contains_key("sidestep-web-1"));
-    scene.shutdown.run("test", Duration::from_secs(20)).await;
+    scene.shutdown.run("test", PATIENCE).await;
 }
 
 #[tokio::test]
@@ -493,7 +497,7 @@ async fn a_restarted_agent_knows_what_to_listen_for_before_it_begins_and_deregis
         now.0.contains_key("sidestep-web-1")
     })
     .await;
-    first.shutdown.run("test", Duration::from_secs(20)).await;
+    first.shutdown.run("test", PATIENCE).await;
 
     let (mut registrar, local) = Setup::with_rules(&["web"], 21_500).registrar(client.clone());
     assert!(registrar.look().await);
