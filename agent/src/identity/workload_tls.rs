@@ -1,14 +1,25 @@
 //! One certificate made ready for handshakes: the rustls configurations of one service.
 //!
 //! Built once per pair of leaf and roots and shared by every connection of the service until one of the
-//! two changes. Sessions are never resumed: a resumed session skips the certificate, so it would carry an old
-//! verdict past a rotation of roots, past the end of a leaf, or from one expected peer to another.
+//! two changes.
+//!
+//! A resumed session skips the certificate, so a verdict must not live on in one. What could be resumed is
+//! therefore kept here: it ends with the leaf and the roots that it was judged by, and it is kept apart for each
+//! expected peer. That the peer's own certificate has not run out since is for [`WorkloadTls::check_resumed`].
 
-use std::{fmt, net::Ipv4Addr, sync::Arc, time::SystemTime};
+use std::{
+    collections::HashMap,
+    fmt,
+    net::{Ipv4Addr, SocketAddr},
+    sync::Arc,
+    time::SystemTime,
+};
+
+use parking_lot::Mutex;
 
 use rustls::{
-    ClientConfig, ServerConfig,
-    client::{Resumption, danger::ServerCertVerifier as _},
+    ClientConfig, CommonState, HandshakeKind, ServerConfig,
+    client::{Resumption, Tls12Resumption, danger::ServerCertVerifier as _},
     crypto::{CryptoProvider, aws_lc_rs},
     server::{NoServerSessionStorage, danger::ClientCertVerifier as _},
     sign::{CertifiedKey, SingleCertAndKey},
@@ -17,6 +28,7 @@ use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 
 use super::{
     clock::{Clock, TlsClock},
+    pem,
     provider::{Leaf, TrustBundle},
     spiffe::SpiffeId,
     verify::{ExpectedServer, PeerIdentityError, TrustDomainClients, certificate_identity},
@@ -34,7 +46,12 @@ pub struct WorkloadTls {
     server: Arc<ServerConfig>,
     hbone_client: Arc<ClientConfig>,
     hbone_server: Arc<ServerConfig>,
+    /// With the sessions that can be resumed, so apart for each peer and each node that it was met on.
+    called: Mutex<HashMap<(SpiffeId, SocketAddr), Arc<ClientConfig>>>,
 }
+
+/// For so many peers sessions are kept: about 20 KiB each while it is called.
+const MAX_CALLED: usize = 1024;
 
 impl WorkloadTls {
     /// Checks `leaf` as a peer would, then builds the configurations.
@@ -107,7 +124,11 @@ impl WorkloadTls {
         };
         // No ALPN on purpose: Consul's built-in proxy offers `h2` on raw TCP, and rustls ignores what a
         // client offers only as long as we name nothing ourselves.
-        let (plain_client, plain_server) = (client(PROTOCOLS)?, server(PROTOCOLS)?);
+        let (plain_client, mut plain_server) = (client(PROTOCOLS)?, server(PROTOCOLS)?);
+        // The session itself is in the ticket, sealed with a key that only this configuration knows.
+        plain_server.ticketer = aws_lc_rs::Ticketer::new()?;
+        plain_server.send_tls13_tickets = 1;
+        // Connections of HBONE are few and live long: nothing is resumed.
         let (mut hbone_client, mut hbone_server) =
             (client(HBONE_PROTOCOLS)?, server(HBONE_PROTOCOLS)?);
         hbone_client.alpn_protocols = vec![b"h2".to_vec()];
@@ -124,6 +145,7 @@ impl WorkloadTls {
             server: Arc::new(plain_server),
             hbone_client: Arc::new(hbone_client),
             hbone_server: Arc::new(hbone_server),
+            called: Mutex::default(),
         })
     }
 
@@ -177,20 +199,29 @@ impl WorkloadTls {
         &self.bundle
     }
 
-    /// The configuration to call `expected` with, and nobody else.
-    ///
-    /// Made for each call: a handful of reference counts and two allocations, nothing beside a handshake,
-    /// and there is no cache whose entries could outlive what they were made from.
-    pub fn client_config(&self, expected: &SpiffeId) -> Arc<ClientConfig> {
-        self.calling(&self.client, expected)
+    /// The configuration to call `expected` at `node` with, and nobody else. It resumes what it began before.
+    pub fn client_config(&self, expected: &SpiffeId, node: SocketAddr) -> Arc<ClientConfig> {
+        let mut called = self.called.lock();
+        // Rare, and all that is lost is one full handshake each.
+        if called.len() >= MAX_CALLED {
+            called.clear();
+        }
+        let config = called.entry((expected.clone(), node)).or_insert_with(|| {
+            let mut config = self.calling(&self.client, expected);
+            // The names that lead to one service at one node are few: its own, and those of its subsets.
+            config.resumption =
+                Resumption::in_memory_sessions(32).tls12_resumption(Tls12Resumption::Disabled);
+            Arc::new(config)
+        });
+        Arc::clone(config)
     }
 
-    /// As [`Self::client_config`], for HTTP/2 over TLS 1.3.
+    /// As [`Self::client_config`], for HTTP/2 over TLS 1.3, and without resumption.
     pub(crate) fn hbone_client_config(&self, expected: &SpiffeId) -> Arc<ClientConfig> {
-        self.calling(&self.hbone_client, expected)
+        Arc::new(self.calling(&self.hbone_client, expected))
     }
 
-    fn calling(&self, config: &ClientConfig, expected: &SpiffeId) -> Arc<ClientConfig> {
+    fn calling(&self, config: &ClientConfig, expected: &SpiffeId) -> ClientConfig {
         let mut config = config.clone();
         config
             .dangerous()
@@ -199,7 +230,34 @@ impl WorkloadTls {
                 expected,
                 self.crypto(),
             )));
-        Arc::new(config)
+        config
+    }
+
+    /// Ends what could be resumed of sessions with `expected` at `node`.
+    pub(crate) fn forget_sessions(&self, expected: &SpiffeId, node: SocketAddr) {
+        self.called.lock().remove(&(expected.clone(), node));
+    }
+
+    /// Judges a peer by the time of day, as every full handshake does. A resumed one leaves that out.
+    ///
+    /// # Errors
+    /// As [`Self::verify_again`], if the peer's certificate has run out since it was shown.
+    pub(crate) fn check_resumed(
+        &self,
+        connection: &CommonState,
+        expected: Option<&SpiffeId>,
+    ) -> Result<(), rustls::Error> {
+        if connection.handshake_kind() != Some(HandshakeKind::Resumed) {
+            return Ok(());
+        }
+        let chain = connection.peer_certificates().unwrap_or_default();
+        let now = self.clock.now();
+        let good = |certificate| pem::not_after(certificate).is_ok_and(|end| now < end);
+        if !chain.is_empty() && chain.iter().all(good) {
+            return Ok(());
+        }
+        // What has run out need not be on the path that leads to a root.
+        self.verify_again(chain, expected, now)
     }
 
     /// The configuration to be called with: a client certificate of the trust domain is mandatory.

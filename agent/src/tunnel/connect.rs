@@ -93,6 +93,11 @@ impl TunnelError {
         }
     }
 
+    /// A peer that is refused after the handshake, as if within it.
+    fn verdict(error: rustls::Error) -> Self {
+        Self::handshake(io::Error::new(io::ErrorKind::InvalidData, error))
+    }
+
     /// What a failed handshake says: if our own verifier ended it, its verdict, which rustls prints as code.
     pub(super) fn handshake(source: io::Error) -> Self {
         let verdict = source
@@ -108,7 +113,11 @@ impl TunnelError {
 
 /// A connection to another node's tunnel port. Nothing was sent.
 #[derive(Debug)]
-pub struct Dialled(TcpStream);
+pub struct Dialled {
+    stream: TcpStream,
+    /// Where it leads.
+    address: SocketAddr,
+}
 
 /// Connects to another node's tunnel port.
 ///
@@ -120,7 +129,7 @@ pub async fn dial(address: SocketAddr, limit: Duration) -> Result<Dialled, Tunne
         Ok(connected) => {
             let stream = connected.map_err(failed)?;
             prepare(&stream).map_err(failed)?;
-            Ok(Dialled(stream))
+            Ok(Dialled { stream, address })
         }
         Err(_) => Err(TunnelError::DialTimeout { address, limit }),
     }
@@ -139,13 +148,17 @@ impl Dialled {
         tls: &WorkloadTls,
         limit: Duration,
     ) -> Result<TunnelStream, TunnelError> {
-        let handshake = self.connect(sni, tls.client_config(expected))?;
-        match tokio::time::timeout(limit, handshake).await {
-            Ok(done) => done
-                .map(|tls| TunnelStream::new(tls.into()))
-                .map_err(TunnelError::handshake),
-            Err(_) => Err(TunnelError::HandshakeTimeout),
+        let address = self.address;
+        let handshake = self.connect(sni, tls.client_config(expected, address))?;
+        let stream = match tokio::time::timeout(limit, handshake).await {
+            Ok(done) => done.map_err(TunnelError::handshake)?,
+            Err(_) => return Err(TunnelError::HandshakeTimeout),
+        };
+        if let Err(error) = tls.check_resumed(stream.get_ref().1, Some(expected)) {
+            tls.forget_sessions(expected, address);
+            return Err(TunnelError::verdict(error));
         }
+        Ok(TunnelStream::new(stream.into()))
     }
 
     /// The TLS handshake alone; the caller sets the deadline.
@@ -156,7 +169,7 @@ impl Dialled {
     ) -> Result<Connect<TcpStream>, TunnelError> {
         let name =
             ServerName::try_from(sni.clone()).map_err(|_invalid| TunnelError::ServerName(sni))?;
-        Ok(TlsConnector::from(config).connect(name, self.0))
+        Ok(TlsConnector::from(config).connect(name, self.stream))
     }
 }
 
@@ -228,6 +241,8 @@ impl Incoming {
             Ok(done) => done.map_err(TunnelError::handshake)?,
             Err(_) => return Err(TunnelError::HandshakeTimeout),
         };
+        tls.check_resumed(stream.get_ref().1, None)
+            .map_err(TunnelError::verdict)?;
         let peer = tls::peer_identity(stream.get_ref().1)?;
         Ok((TunnelStream::new(stream.into()), peer))
     }

@@ -27,6 +27,13 @@ impl TunnelStream {
     pub(super) fn new(tls: TlsStream<TcpStream>) -> Self {
         Self { tls }
     }
+
+    /// Whether the handshake left the certificates out.
+    #[cfg(test)]
+    pub(super) fn is_resumed(&self) -> bool {
+        let (_tcp, connection) = self.tls.get_ref();
+        connection.handshake_kind() == Some(rustls::HandshakeKind::Resumed)
+    }
 }
 
 impl fmt::Debug for TunnelStream {

@@ -25,7 +25,6 @@ pub fn leaf(chain: &str, key: &str) -> Result<Leaf, PemError> {
     let first = chain.first().ok_or(PemError::NoCertificate)?;
     let parsed = parse(first)?;
     let validity = parsed.validity();
-    let time = |at: x509_parser::time::ASN1Time| SystemTime::from(at.to_datetime());
     let (not_before, not_after) = (time(validity.not_before), time(validity.not_after));
     let issuer = parsed.issuer().to_string();
     let key =
@@ -37,6 +36,18 @@ pub fn leaf(chain: &str, key: &str) -> Result<Leaf, PemError> {
         not_after,
         issuer,
     })
+}
+
+/// Until when a certificate is valid.
+///
+/// # Errors
+/// [`PemError::Malformed`].
+pub(crate) fn not_after(certificate: &CertificateDer<'_>) -> Result<SystemTime, PemError> {
+    Ok(time(parse(certificate)?.validity().not_after))
+}
+
+fn time(at: x509_parser::time::ASN1Time) -> SystemTime {
+    SystemTime::from(at.to_datetime())
 }
 
 /// Every certificate of a text, at least one.

@@ -1,13 +1,17 @@
-//! Tests of tunnels: among ourselves in `peers` and `ends`, with OpenSSL at the other end in `openssl`.
+//! Tests of tunnels: among ourselves in `peers`, `resumption` and `ends`, with OpenSSL at the other end in `openssl`.
 //!
 //! Every test opens and takes tunnels through the functions here.
 
 mod peers;
+mod resumption;
 mod ends;
 mod openssl;
 mod cost;
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4},
+    time::Duration,
+};
 
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -29,6 +33,9 @@ const LIMIT: Duration = Duration::from_secs(10);
 
 /// What every client here asks for.
 const SERVER_NAME: &str = "db.default.dc1.internal.example.org";
+
+/// Of a node that is not called.
+const NOWHERE: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 9));
 
 type Taken = Result<(TunnelStream, SpiffeId), TunnelError>;
 

@@ -67,7 +67,7 @@ async fn call_with(
         &[&own],
         Arc::new(SystemClock),
     );
-    let mut config = ClientConfig::clone(&client.client_config(own_name));
+    let mut config = ClientConfig::clone(&client.client_config(own_name, NOWHERE));
     let leaf = ca.leaf(spec);
     let key = rustls::crypto::aws_lc_rs::sign::any_supported_type(&leaf.key).unwrap();
     let certified = rustls::sign::CertifiedKey::new(leaf.chain.clone(), key);
@@ -97,7 +97,7 @@ async fn served(config: ClientConfig, server: &WorkloadTls) -> Result<SpiffeId, 
         .map_err(|error| chain(&error).to_string())
 }
 
-fn trusting(root: &TestCa, expected: &SpiffeId) -> Arc<dyn ServerCertVerifier> {
+pub(super) fn trusting(root: &TestCa, expected: &SpiffeId) -> Arc<dyn ServerCertVerifier> {
     let mut roots = RootCertStore::empty();
     roots.add(root.certificate()).unwrap();
     Arc::new(ExpectedServer {
@@ -269,45 +269,6 @@ async fn rsa_roots_and_leaves_work() {
     let (opened, taken) = meet(&client, &server, &db).await;
     opened.unwrap();
     assert_eq!(taken.unwrap().1, web);
-}
-
-#[tokio::test]
-async fn sessions_are_never_resumed() {
-    let root = TestCa::root("root");
-    let client = root.workload(&id("web"), &[&root]);
-    let server = root.workload(&id("db"), &[&root]);
-    for version in [&rustls::version::TLS12, &rustls::version::TLS13] {
-        // A client that would resume if it could.
-        let mut config = ClientConfig::builder_with_protocol_versions(&[version])
-            .dangerous()
-            .with_custom_certificate_verifier(trusting(&root, &id("db")))
-            .with_client_cert_resolver(Arc::clone(
-                &client.client_config(&id("db")).client_auth_cert_resolver,
-            ));
-        config.resumption = rustls::client::Resumption::in_memory_sessions(16);
-        let config = Arc::new(config);
-        for _ in 0..3 {
-            let (listener, address) = listen().await;
-            let connector = TlsConnector::from(Arc::clone(&config));
-            let open = async {
-                let tcp = TcpStream::connect(address).await.unwrap();
-                let name = ServerName::try_from("db.example").unwrap();
-                connector.connect(name, tcp).await.unwrap()
-            };
-            let (client, server) = tokio::join!(open, take(&listener, &server));
-            let (mut server, _peer) = server.unwrap();
-            server
-                .write_all(b"anything, so that tickets would arrive")
-                .await
-                .unwrap();
-            let mut client = client;
-            tokio::io::AsyncReadExt::read(&mut client, &mut [0; 8])
-                .await
-                .unwrap();
-            let kind = client.get_ref().1.handshake_kind();
-            assert_eq!(kind, Some(rustls::HandshakeKind::Full), "{version:?}");
-        }
-    }
 }
 
 #[tokio::test]
