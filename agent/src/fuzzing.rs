@@ -589,6 +589,53 @@ mod tests {
         }
     }
 
+    /// What a fuzzer would try first, without its eye for coverage. The same inputs in each run.
+    #[test]
+    fn what_is_near_a_seed_passes() {
+        const MUTANTS: usize = 300;
+        let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz");
+        let mut random = fastrand::Rng::with_seed(1);
+        for (name, target) in TARGETS {
+            let seeds = fs::read_dir(fuzz.join("seeds").join(name)).unwrap();
+            let mut seeds: Vec<PathBuf> = seeds.map(|seed| seed.unwrap().path()).collect();
+            seeds.sort();
+            let seeds: Vec<Vec<u8>> = seeds.iter().map(|seed| fs::read(seed).unwrap()).collect();
+            for _ in 0..MUTANTS {
+                let mut mutant = random.choice(&seeds).unwrap().clone();
+                for _ in 0..random.usize(1..4) {
+                    mutate(&mut mutant, random.choice(&seeds).unwrap(), &mut random);
+                }
+                let kept = mutant.clone();
+                let outcome = std::panic::catch_unwind(|| target(&kept));
+                assert!(outcome.is_ok(), "{name} fails on {mutant:02x?}");
+            }
+        }
+    }
+
+    fn mutate(bytes: &mut Vec<u8>, other: &[u8], random: &mut fastrand::Rng) {
+        let at = random.usize(0..=bytes.len());
+        let end = random.usize(at..=bytes.len().min(at + 16));
+        match random.u8(0..6) {
+            0 => bytes.truncate(at),
+            1 => drop(bytes.drain(at..end)),
+            2 => bytes.insert(at, random.u8(..)),
+            3 => {
+                for byte in &mut bytes[at..end] {
+                    *byte ^= 1 << random.u8(0..8);
+                }
+            }
+            4 => {
+                let twice = bytes[at..end].to_vec();
+                bytes.splice(at..at, twice);
+            }
+            _ => {
+                let from = random.usize(0..=other.len());
+                bytes.truncate(at);
+                bytes.extend_from_slice(&other[from..]);
+            }
+        }
+    }
+
     #[test]
     fn the_good_certificates_among_the_seeds_are_accepted() {
         let good = include_bytes!("../../fuzz/seeds/peer_certificate/web");
