@@ -1,5 +1,5 @@
-//! Envoy as a sidecar, with the configuration that Consul would give it: static, as this Consul speaks only a version of
-//! xDS that this Envoy has no longer. Its certificates are the leaf that Consul's agent has for the service.
+//! Envoy as a sidecar, with the configuration that Consul would give it: static, as this Consul speaks only a version
+//! of xDS that this Envoy has no longer. Its certificates are the leaf that Consul's agent has for the service.
 
 #![expect(
     clippy::indexing_slicing,

@@ -212,8 +212,8 @@ impl Node {
         self.capture.push(toml.to_owned());
     }
 
-    /// Makes the agent take everything from Consul: `toml` is the table `[consul]`. What the node is called, where it is
-    /// and who signs is not in its configuration any more.
+    /// Makes the agent take everything from Consul: `toml` is the table `[consul]`. What the node is called, where it
+    /// is and who signs is not in its configuration any more.
     pub fn use_consul(&mut self, toml: &str) {
         self.consul = Some(toml.to_owned());
     }

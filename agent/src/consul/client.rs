@@ -14,8 +14,8 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use super::{ClientSettings, ConsulAddress, ConsulError, connection::Connections};
 
-/// From the request to the head of the answer, beside the time that a blocking query may wait; and from there to its last
-/// byte.
+/// From the request to the head of the answer, beside the time that a blocking query may wait; and from there to its
+/// last byte.
 const TIMEOUT: Duration = Duration::from_secs(15);
 /// The largest answer: a service with 20,000 instances at 2 KiB each, with room to spare.
 const ANSWER_BYTES_MAX: usize = 64 << 20;

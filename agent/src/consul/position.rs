@@ -7,8 +7,8 @@ use tokio::time::Instant;
 /// How long Consul may wait on an index that it has not confirmed.
 const CONFIRM_WAIT: Duration = Duration::from_secs(1);
 
-/// How far an index may be ahead of the one before without a doubt. A farther one costs a request more; one that is wrong
-/// by less is soon reached by what Consul writes.
+/// How far an index may be ahead of the one before without a doubt. A farther one costs a request more; one that is
+/// wrong by less is soon reached by what Consul writes.
 const LEAP_MAX: u64 = 10_000;
 
 /// What the next request names, so that Consul waits for a change before it answers.
@@ -30,8 +30,9 @@ impl Position {
     /// see [`Self::after_failure`].
     ///
     /// An index that is lower than before is of another Consul, or of one that was restored: begin again. 0 would not
-    /// wait and is taken as 1. Source: Consul's "Blocking queries", implementation details. The first index, and one that
-    /// is far from the one before, is to be confirmed: Consul answers a query that nothing ended with the index that it has.
+    /// wait and is taken as 1. Source: Consul's "Blocking queries", implementation details. The first index, and one
+    /// that is far from the one before, is to be confirmed: Consul answers a query that nothing ended with the index
+    /// that it has.
     #[must_use]
     pub fn after_answer(&self, index: Option<u64>, hash: Option<&str>) -> Self {
         let Some(index) = index.map(|index| index.max(1)) else {

@@ -113,8 +113,8 @@ pub async fn check(client: &Client) -> Vec<Right> {
     rights
 }
 
-/// Which of the services of this node, and of the names of their proxies, the token may not write. `None` if there are no
-/// services, or nobody tells.
+/// Which of the services of this node, and of the names of their proxies, the token may not write. `None` if there are
+/// no services, or nobody tells.
 async fn out_of_reach(client: &Client) -> Option<Vec<String>> {
     let request = Request::to(&["v1", "agent", "services"]);
     let present = client.get::<AgentServices>(&request).await.ok()?.body;

@@ -22,7 +22,8 @@ pub struct WatchSettings {
     pub stale: bool,
     /// How old such an answer may be.
     pub stale_max: Duration,
-    /// Whether the node's Consul agent answers from its own cache: it then says of every answer that there is no leader.
+    /// Whether the node's Consul agent answers from its own cache: it then says of every answer that there is no
+    /// leader.
     pub from_agent: bool,
     /// Between two requests where Consul's answer has neither index nor hash to wait on.
     pub poll: Duration,

@@ -31,8 +31,8 @@ pub struct TunnelListeners {
     /// Ports that are declared and could not be opened.
     failed: BTreeSet<u16>,
     hbone: Option<(u16, Kept)>,
-    /// Of the ports that are open from the start: what comes in waits until the first [`Self::follow`], since before it is
-    /// not known what is on this node.
+    /// Of the ports that are open from the start: what comes in waits until the first [`Self::follow`], since before it
+    /// is not known what is on this node.
     waiting: Vec<Waiting>,
 }
 

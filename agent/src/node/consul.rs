@@ -56,8 +56,8 @@ use crate::{
 /// How often the supervisor is told that Consul is still waited for, and how long it is to wait beyond that.
 const WAITING: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(60));
 
-/// How long the local services and the first whole catalog are waited for, each. Then capture begins with what there is,
-/// and nothing that an agent before knew is removed.
+/// How long the local services and the first whole catalog are waited for, each. Then capture begins with what there
+/// is, and nothing that an agent before knew is removed.
 const FIRST: Duration = Duration::from_secs(15);
 
 /// The catalog as Consul says it, as it changes.

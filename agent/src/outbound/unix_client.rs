@@ -2,8 +2,8 @@
 //!
 //! The kernel keeps with a connection who called `connect()`: the user, and the process (`SO_PEERCRED`). The number of
 //! a process is given to another one after its end, so a number alone proves nothing. `SO_PEERPIDFD` gives the process
-//! itself. While it lives its number is nobody else's: what is read of `/proc/NUMBER`, and only then the process is found
-//! alive, was read of it. One that has ended is refused, also if another process holds its socket.
+//! itself. While it lives its number is nobody else's: what is read of `/proc/NUMBER`, and only then the process is
+//! found alive, was read of it. One that has ended is refused, also if another process holds its socket.
 
 #![expect(unsafe_code, reason = "SO_PEERPIDFD has no safe binding")]
 

@@ -1,8 +1,8 @@
 //! Explicit upstreams: a local port or Unix socket that stands for a service, as Consul's sidecars offer it.
 //!
-//! Who connects is found out by what the kernel knows of the client: of its socket, as for captured connections, or at a
-//! Unix socket of its process ([`unix_client`]). The address only says whom the client wants; that
-//! it can be reached gives nobody an identity.
+//! Who connects is found out by what the kernel knows of the client: of its socket, as for captured connections, or at
+//! a Unix socket of its process ([`unix_client`]). The address only says whom the client wants; that it can be reached
+//! gives nobody an identity.
 
 use std::{
     collections::BTreeMap,

@@ -1,7 +1,7 @@
 //! A proxy between an agent and its Consul that can be told to lie, while it runs.
 //!
-//! It speaks HTTP/1.1 to the agent and asks Consul by HTTP/1.0, whose answers end with their connection. A fault also takes
-//! hold of requests that wait in Consul for a change.
+//! It speaks HTTP/1.1 to the agent and asks Consul by HTTP/1.0, whose answers end with their connection. A fault also
+//! takes hold of requests that wait in Consul for a change.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -335,8 +335,8 @@ impl From<Canned> for Answer {
     }
 }
 
-/// Asks Consul with `line`, and all else as in `request`. `None` if there is to be a fault meanwhile; an error if whoever
-/// asks has gone.
+/// Asks Consul with `line`, and all else as in `request`. `None` if there is to be a fault meanwhile; an error if
+/// whoever asks has gone.
 fn ask(
     line: &str,
     request: &Request,

@@ -116,8 +116,8 @@ impl ConsulMesh {
         Ok(mesh)
     }
 
-    /// Makes the agent of node b the owner of a token with `rules`, in [`Consul::cluster`] and before it starts. Returns
-    /// node b's API as that owner.
+    /// Makes the agent of node b the owner of a token with `rules`, in [`Consul::cluster`] and before it starts.
+    /// Returns node b's API as that owner.
     ///
     /// # Errors
     /// If Consul refuses.

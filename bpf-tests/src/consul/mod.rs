@@ -142,8 +142,9 @@ impl Consul {
         Ok(consul)
     }
 
-    /// Three servers and a client agent on each node: HTTPS with certificates on both sides, ACLs that deny what they do
-    /// not allow. The clients serve their API at [`Consul::socket`], too. What [`Consul::a`] and the others' APIs do they do with every right.
+    /// Three servers and a client agent on each node: HTTPS with certificates on both sides, ACLs that deny what they
+    /// do not allow. The clients serve their API at [`Consul::socket`], too. What [`Consul::a`] and the others' APIs do
+    /// they do with every right.
     ///
     /// # Errors
     /// If they do not start; with what they said.

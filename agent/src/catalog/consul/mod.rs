@@ -6,8 +6,8 @@
 //! turns, slowly, and at once when a connection to one is being made ([`ConsulHandle::wanted`]).
 //!
 //! What answers mean is pure: [`services`], [`intentions`], [`entries`], [`chain`]; what follows from them is
-//! [`state`]. [`follow`] does the asking, and [`found`] what explicit upstreams ask for beside. Whatever fails, what was
-//! known stays.
+//! [`state`]. [`follow`] does the asking, and [`found`] what explicit upstreams ask for beside. Whatever fails, what
+//! was known stays.
 
 mod services;
 mod intentions;

@@ -187,8 +187,8 @@ impl VipAllocator {
         assigned
     }
 
-    /// Whether the same services with the same explicit addresses would be assigned what they were last, without a word.
-    /// What is held back is then let go with the next assignment.
+    /// Whether the same services with the same explicit addresses would be assigned what they were last, without a
+    /// word. What is held back is then let go with the next assignment.
     pub fn is_settled(&self) -> bool {
         self.is_settled
     }

@@ -6,8 +6,8 @@
 //! proxy as they find any other. The [`Registrar`] looks at Consul's agent and at the sockets once a second: a request to
 //! the same host costs less than a watch on the servers, and sees what a restarted Consul agent forgot.
 //!
-//! [`mod@plan`] decides, [`ports`] remembers, this does. Who makes the listeners tells the registrar at which ports there is
-//! one: a port is open before it is registered.
+//! [`mod@plan`] decides, [`ports`] remembers, this does. Who makes the listeners tells the registrar at which ports
+//! there is one: a port is open before it is registered.
 
 pub mod plan;
 pub mod ports;
@@ -110,8 +110,8 @@ struct Known {
     assignments: Assignments,
     /// Where each instance listens or listened.
     local: BTreeMap<InstanceId, SocketAddr>,
-    /// Instances that were found in a cgroup. They stay workloads of this node while they are registered: a service that
-    /// restarts is away for a moment, and its checks tell that.
+    /// Instances that were found in a cgroup. They stay workloads of this node while they are registered: a service
+    /// that restarts is away for a moment, and its checks tell that.
     found: BTreeSet<InstanceId>,
 }
 
@@ -226,8 +226,8 @@ impl Registrar {
         answered
     }
 
-    /// Runs until the agent drains. Then deregisters, unless `is_replaced` says that another agent goes on with the same
-    /// ports.
+    /// Runs until the agent drains. Then deregisters, unless `is_replaced` says that another agent goes on with the
+    /// same ports.
     pub async fn run(mut self, shutdown: Shutdown, is_replaced: impl Fn() -> bool + Send) {
         while !shutdown.is_draining() {
             let read = tokio::select! {

@@ -1,8 +1,8 @@
 //! The port at which each local instance takes tunnels: one of its own, the same across restarts.
 //!
 //! It follows from the instance's id; where ids collide the first one has it. What was given is kept in a state file,
-//! also for instances that are gone: one that comes back finds its port, and callers with an old answer of Consul's meet
-//! nobody there. Only when the range runs out does a new instance get the port of the one that went away first.
+//! also for instances that are gone: one that comes back finds its port, and callers with an old answer of Consul's
+//! meet nobody there. Only when the range runs out does a new instance get the port of the one that went away first.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -1,8 +1,9 @@
 //! The certificates of this node's services: issued on first use, renewed in time, kept in memory.
 //!
-//! Each identity has one task, its keeper, which is the only one that asks the [`CertificateProvider`].
-//! Callers read what the keeper published. An authority that renews by itself says so, and its schedule is the
-//! keeper's safety net. A leaf that could not be renewed serves until it expires; after that [`Certificates::for_identity`] is an error, and there is no other way to open a tunnel.
+//! Each identity has one task, its keeper, which is the only one that asks the [`CertificateProvider`]. Callers read
+//! what the keeper published. An authority that renews by itself says so, and its schedule is the keeper's safety net.
+//! A leaf that could not be renewed serves until it expires; after that [`Certificates::for_identity`] is an error, and
+//! there is no other way to open a tunnel.
 
 mod schedule;
 

@@ -1,9 +1,9 @@
 //! Consul's authority: roots and leaves from the node's Consul agent.
 //!
 //! The agent asked is the node's own: it makes the keys, renews leaves between 60 and 90 % of their life and after a
-//! rotation of roots, and hands the same ones to every caller. Whichever CA Consul uses behind (its own, Vault, AWS), all
-//! roots that it lists are trusted and a leaf's chain is sent whole. Nothing here is asked of the servers' leader, so that
-//! certificates outlive a Consul without one, up to their end.
+//! rotation of roots, and hands the same ones to every caller. Whichever CA Consul uses behind (its own, Vault, AWS),
+//! all roots that it lists are trusted and a leaf's chain is sent whole. Nothing here is asked of the servers' leader,
+//! so that certificates outlive a Consul without one, up to their end.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},

@@ -1,6 +1,8 @@
-//! Leaves and roots as text, the way authorities on the network send them: PEM of any kind of key, chains of any length.
+//! Leaves and roots as text, the way authorities on the network send them: PEM of any kind of key, chains of any
+//! length.
 //!
-//! Reads only. Whether a leaf is good is for [`super::workload_tls`] to say, which checks it against the roots in force.
+//! Reads only. Whether a leaf is good is for [`super::workload_tls`] to say, which checks it against the roots in
+//! force.
 
 use std::time::SystemTime;
 

@@ -113,7 +113,8 @@ pub(super) fn switch(mesh: &ConsulMesh, pair: IpAddr, gone: &str, stays: &str) -
     }
 }
 
-/// Waits, with Consul's blocking queries, until just these instances of `pair` are healthy. Returns when Consul said so.
+/// Waits, with Consul's blocking queries, until just these instances of `pair` are healthy. Returns when Consul said
+/// so.
 fn until_healthy(api: &Api, wanted: &[&str]) -> Result<u64> {
     let mut index = "0".to_owned();
     let mut last = String::new();

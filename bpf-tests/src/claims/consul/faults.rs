@@ -18,8 +18,8 @@ use crate::{
 /// All of Consul's API.
 const EVERYTHING: &str = "/v1/";
 
-/// How soon a change is to be in force beside an index that nobody will reach: a second until that is doubted, and as much
-/// again twice for a busy machine.
+/// How soon a change is to be in force beside an index that nobody will reach: a second until that is doubted, and as
+/// much again twice for a busy machine.
 const UNDECEIVED: u64 = 3_000;
 
 /// The most that both agents together may ask in any second while all that they ask fails. Each follows about fifteen
@@ -277,7 +277,8 @@ pub(super) fn a_lying_answer_takes_nothing_away(size: Size) -> Result<Finding> {
     let nothing = empty(NOTHING, NO_NAMES);
     let filtered = empty(FILTERED, NO_FILTERED_NAMES);
     let of_all = |fault| [(EVERYTHING, fault)];
-    // While a query waits for a change, an answer that does not come is no sign: so what stalls is asked without waiting.
+    // While a query waits for a change, an answer that does not come is no sign: so what stalls is asked without
+    // waiting.
     let (garbage, cut, away, stall) = (
         of_all(Fault::Answer(GARBAGE)),
         of_all(Fault::Cut),

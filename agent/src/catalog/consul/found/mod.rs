@@ -1,5 +1,5 @@
-//! What explicit upstreams lead to beside the catalog: the instances that a prepared query finds, and those of a service
-//! in another datacenter.
+//! What explicit upstreams lead to beside the catalog: the instances that a prepared query finds, and those of a
+//! service in another datacenter.
 //!
 //! Consul cannot wait for a change of a query's answer, so it is asked at intervals. Each answer stands for itself: it
 //! names the service, the datacenter and the instances that are left after tags, `OnlyPassing`, `Limit` and failover.

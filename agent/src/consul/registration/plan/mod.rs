@@ -253,8 +253,8 @@ pub struct Plan {
 
 /// Compares. What is not ours is never touched.
 ///
-/// Only what is reached at one of the ports `listening` is registered. What an earlier life registered and is wanted stays
-/// until then: the listener may be that of an agent which is being replaced.
+/// Only what is reached at one of the ports `listening` is registered. What an earlier life registered and is wanted
+/// stays until then: the listener may be that of an agent which is being replaced.
 pub fn plan(
     node: &OwnNode,
     wanted: Vec<Registration>,

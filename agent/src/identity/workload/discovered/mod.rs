@@ -83,8 +83,9 @@ pub struct Bounds {
 }
 
 impl Bounds {
-    /// Workloads are strictly below one of `attach_points` (`capture.cgroups`), and neither in the cgroup of the `agent`
-    /// nor in that of the first process (`init`), which makes the sockets of socket units before it starts a service.
+    /// Workloads are strictly below one of `attach_points` (`capture.cgroups`), and neither in the cgroup of the
+    /// `agent` nor in that of the first process (`init`), which makes the sockets of socket units before it starts a
+    /// service.
     pub fn new(attach_points: &[PathBuf], agent: &Path, init: Option<&Path>) -> Self {
         Self {
             attach_points: attach_points.iter().map(|path| normal(path)).collect(),
