@@ -14,7 +14,7 @@ use serde_json::Value;
 use super::debian::Kernel;
 
 /// Whatever happens, a machine is switched off after this.
-const DEADLINE: Duration = Duration::from_secs(300);
+const DEADLINE: Duration = Duration::from_secs(900);
 
 /// Of what the kernel says on its console, so many last lines are shown if it ends badly.
 const TAIL: usize = 25;
