@@ -16,8 +16,11 @@ use crate::{
     progress::{Step, say, table},
 };
 
-/// The release of cargo-fuzz that is known to work.
-const CARGO_FUZZ_VERSION: &str = "0.13.2";
+/// What libFuzzer asks of the compiler: counters per edge, and the operands of comparisons.
+/// Source: LLVM's `SanitizerCoverage`; cargo-fuzz passes the same.
+const RUSTFLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+    -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+    -Cllvm-args=-sanitizer-coverage-trace-compares";
 
 /// An input that takes longer is a finding, in seconds: parsers take milliseconds.
 const TIMEOUT: u64 = 10;
@@ -39,7 +42,7 @@ struct Stats {
     coverage: u64,
 }
 
-/// cargo-fuzz, with all targets built.
+/// The program that holds all targets.
 struct Fuzzer {
     program: PathBuf,
 }
@@ -47,7 +50,7 @@ struct Fuzzer {
 /// Runs the targets in turn. Fails if one has a finding.
 ///
 /// # Errors
-/// If cargo-fuzz cannot be installed, the targets do not compile, or one is not there.
+/// If the targets do not compile, or one is not there.
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     let targets = wanted(&arguments.targets)?;
     let step = Step::begin("building the fuzz targets");
@@ -76,15 +79,15 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Whether the targets compile, as a check of `cargo xtask test`. Building them for a fuzzer takes as long as half of
-/// the other checks; the tests of the agent run their functions on the seeds and on what is near these.
+/// Whether the program compiles, as a check of `cargo xtask test`. Building it for a fuzzer takes as long as half of the
+/// other checks; a test of the agent runs the targets on the seeds and on what is near these.
 ///
 /// # Errors
-/// If they do not.
+/// If it does not.
 pub(crate) fn check(step: &Step) -> Result<String> {
     let mut command = build::cargo(&["check", "--locked", "--manifest-path", "fuzz/Cargo.toml"]);
     command
-        .args(["--target-dir", "target/fuzz-check"])
+        .args(["--target-dir", "target/fuzz"])
         .env("RUSTFLAGS", "--cfg fuzzing --deny warnings");
     step.run(&mut command)?;
     Ok(String::new())
@@ -129,24 +132,19 @@ fn wanted(names: &[String]) -> Result<Vec<String>> {
 
 impl Fuzzer {
     fn build(step: &Step) -> Result<Self> {
-        let workspace = build::workspace();
-        let root = workspace.join(format!("target/tools/cargo-fuzz-{CARGO_FUZZ_VERSION}"));
-        let fuzzer = Self {
-            program: root.join("bin/cargo-fuzz"),
-        };
-        if !fuzzer.program.exists() {
-            let mut install = build::cargo(&["install", "cargo-fuzz", "--locked"]);
-            install
-                .args(["--version", CARGO_FUZZ_VERSION, "--root"])
-                .arg(&root)
-                .arg("--target-dir")
-                .arg(workspace.join("target/tools/build"));
-            step.run(&mut install)?;
-        }
-        // cargo-fuzz cannot be told to leave the lock file alone.
-        check_lock(step)?;
-        step.run(&mut fuzzer.command("build", &[]))?;
-        Ok(fuzzer)
+        let host = host_triple()?;
+        let mut command = build::cargo(&["build", "--locked", "--release"]);
+        command
+            .args(["--manifest-path", "fuzz/Cargo.toml"])
+            .args(["--target-dir", "target/fuzz"])
+            // Named, or the flags would be those of build scripts as well, which link no fuzzer.
+            .args(["--target", &host])
+            .env("RUSTFLAGS", RUSTFLAGS);
+        step.run(&mut command)?;
+        let program = format!("target/fuzz/{host}/release/sidestep-fuzz");
+        Ok(Self {
+            program: build::workspace().join(program),
+        })
     }
 
     /// Runs one target from its seeds and what earlier runs found interesting, which stays in `fuzz/corpus`.
@@ -154,35 +152,37 @@ impl Fuzzer {
     /// # Errors
     /// If it has a finding: with what was wrong and the file that holds the input.
     fn run(&self, step: &Step, target: &str, seconds: u64) -> Result<Stats> {
-        let corpus = format!("fuzz/corpus/{target}");
-        let path = build::workspace().join(&corpus);
-        fs::create_dir_all(&path).with_context(|| format!("creating {}", path.display()))?;
-        let mut command = self.command("run", &[target, &corpus, &format!("fuzz/seeds/{target}")]);
+        let fuzz = build::workspace().join("fuzz");
+        let [corpus, artifacts] = ["corpus", "artifacts"].map(|name| fuzz.join(name).join(target));
+        for directory in [&corpus, &artifacts] {
+            fs::create_dir_all(directory)
+                .with_context(|| format!("creating {}", directory.display()))?;
+        }
+        let mut command = Command::new(&self.program);
         command
-            .arg("--")
+            .env("SIDESTEP_FUZZ_TARGET", target)
+            .arg(format!("-artifact_prefix={}/", artifacts.display()))
             .arg(format!("-max_total_time={seconds}"))
             .arg(format!("-timeout={TIMEOUT}"))
-            .arg("-print_final_stats=1");
+            .arg("-print_final_stats=1")
+            .arg(corpus)
+            .arg(fuzz.join("seeds").join(target));
         let said = step
             .run(&mut command)
             .map_err(|error| finding(target, error))?;
         Ok(Stats::of(&said))
     }
+}
 
-    /// cargo-fuzz with a subcommand, its own arguments first.
-    fn command(&self, subcommand: &str, arguments: &[&str]) -> Command {
-        let mut command = Command::new(&self.program);
-        command
-            .arg(subcommand)
-            .args(["--sanitizer", "none", "--target-dir", "target/fuzz"])
-            // One, its default, takes far longer to build than it gains in a bounded run.
-            .args(["--codegen-units", "16"])
-            .args(arguments)
-            .current_dir(build::workspace())
-            // Set for us by `cargo run`; what is built must not see another crate's.
-            .env_remove("CARGO_MANIFEST_DIR");
-        command
-    }
+/// What the compiler builds for unless told otherwise.
+fn host_triple() -> Result<String> {
+    let said = Command::new("rustc")
+        .arg("-vV")
+        .output()
+        .context("running rustc -vV")?;
+    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    let triple = said.lines().find_map(|line| line.strip_prefix("host: "));
+    triple.map(str::to_owned).context("rustc -vV names no host")
 }
 
 /// Puts the file with the input before everything that the fuzzer said.

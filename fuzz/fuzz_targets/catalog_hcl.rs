@@ -1,5 +1,0 @@
-//! [`sidestep::fuzzing::catalog_hcl`].
-
-#![no_main]
-
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| sidestep::fuzzing::catalog_hcl(bytes));
