@@ -69,6 +69,7 @@ impl Bench {
             max_vips: 64,
             max_flows: 64,
             so_original_dst: false,
+            dns_port: None,
             debug: false,
         };
         let datapath = Datapath::load(settings, None).unwrap();

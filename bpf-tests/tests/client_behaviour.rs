@@ -128,6 +128,7 @@ impl Bench {
             max_vips: 1024,
             max_flows: 1024,
             so_original_dst: options.so_original_dst,
+            dns_port: None,
             debug: false,
         };
         let datapath = Datapath::load(settings, None).unwrap();

@@ -83,6 +83,7 @@ impl Bench {
             max_vips: FEW,
             max_flows,
             so_original_dst: false,
+            dns_port: None,
             debug: false,
         };
         let datapath = Datapath::load(settings, None).unwrap();

@@ -86,6 +86,7 @@ impl Bench {
             max_vips,
             max_flows: 1024,
             so_original_dst: false,
+            dns_port: None,
             debug: false,
         };
         Datapath::load(settings, Some(PinDirectory::open(&self.pins)?))

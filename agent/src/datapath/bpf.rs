@@ -46,6 +46,12 @@ pub enum CgroupHook {
     Connect4 = 10,
     /// `connect()` of `AF_INET6` sockets.
     Connect6 = 11,
+    /// `sendmsg()` of UDP sockets to an IPv4 address that they are not connected to.
+    SendMsg4 = 14,
+    /// `recvmsg()` of UDP sockets of `AF_INET`.
+    RecvMsg4 = 19,
+    /// `recvmsg()` of UDP sockets of `AF_INET6`.
+    RecvMsg6 = 20,
     /// `getsockopt()`
     GetSockOpt = 21,
     /// `getpeername()` of `AF_INET` sockets.
@@ -56,10 +62,13 @@ pub enum CgroupHook {
 
 impl CgroupHook {
     /// Every hook that Sidestep uses.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 9] = [
         Self::SockOps,
         Self::Connect4,
         Self::Connect6,
+        Self::SendMsg4,
+        Self::RecvMsg4,
+        Self::RecvMsg6,
         Self::GetSockOpt,
         Self::GetPeerName4,
         Self::GetPeerName6,

@@ -57,6 +57,23 @@ pub(super) const ORIGINAL_DST: Hooked = Hooked {
     hook: CgroupHook::GetSockOpt,
 };
 
+/// What every attach point gets beside if DNS queries are captured. Answers first: a query that is captured must find
+/// who lets its answer come from its server.
+pub(super) const QUERIES: [Hooked; 3] = [
+    Hooked {
+        program: "sidestep_recv4",
+        hook: CgroupHook::RecvMsg4,
+    },
+    Hooked {
+        program: "sidestep_recv6",
+        hook: CgroupHook::RecvMsg6,
+    },
+    Hooked {
+        program: "sidestep_send4",
+        hook: CgroupHook::SendMsg4,
+    },
+];
+
 /// A program that is to run in a cgroup and below.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Wanted {
@@ -90,7 +107,10 @@ pub(super) fn handing_over(settings: &DatapathSettings) -> Vec<Wanted> {
 /// What captures: to run once the agent takes connections.
 pub(super) fn capturing(settings: &DatapathSettings) -> Vec<Wanted> {
     let attach_points = outermost(&settings.cgroups);
-    let capturing = WORKLOAD_PROGRAMS.into_iter().skip(1);
+    let queries = settings.dns_port.map(|_port| QUERIES);
+    // Connect hooks last: they send queries to the agent too.
+    let capturing = queries.into_iter().flatten();
+    let capturing = capturing.chain(WORKLOAD_PROGRAMS.into_iter().skip(1));
     capturing
         .flat_map(|hooked| everywhere(hooked, &attach_points))
         .collect()

@@ -21,7 +21,7 @@ use super::{
     error::{MapOperation, advice_for_load},
     events::{Ring, Rings},
     kernel_log::KernelLog,
-    links::{ORIGINAL_DST, WORKLOAD_PROGRAMS},
+    links::{ORIGINAL_DST, QUERIES, WORKLOAD_PROGRAMS},
     pins::{PinDirectory, PinError},
 };
 use crate::stable_hash::fnv1a;
@@ -34,13 +34,14 @@ static LOGGING_OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sidestep-log.bpf.o"));
 
 /// The maps that outlive the agent. The others, for what it reads as long as it lives, go with it.
-const KEPT_MAPS: [&str; 9] = [
+const KEPT_MAPS: [&str; 10] = [
     "CONFIG",
     "VIPS",
     "ADDRESSES",
     "FALLBACKS",
     "HEARTBEAT",
     "LISTENERS",
+    "SERVERS",
     "ORIGINS",
     "FLOWS",
     "COUNTS",
@@ -87,6 +88,9 @@ pub(super) fn load(
     let mut names: Vec<&'static str> = WORKLOAD_PROGRAMS.map(|hooked| hooked.program).into();
     if settings.so_original_dst {
         names.push(ORIGINAL_DST.program);
+    }
+    if settings.dns_port.is_some() {
+        names.extend(QUERIES.map(|hooked| hooked.program));
     }
     let mut programs = BTreeMap::new();
     for name in names {
@@ -273,6 +277,7 @@ fn take_maps(object: &mut Ebpf) -> Result<Maps, DatapathError> {
         fallbacks: take("FALLBACKS")?,
         heartbeat: take("HEARTBEAT")?,
         listeners: take("LISTENERS")?,
+        servers: take("SERVERS")?,
         origins: take("ORIGINS")?,
         flows: take("FLOWS")?,
         counts: take("COUNTS")?,
@@ -303,7 +308,7 @@ pub(super) fn configure(maps: &Maps, settings: &DatapathSettings) -> Result<(), 
         agent_cgroup: id_of_directory(&settings.agent_cgroup)?.0,
         ranges: settings.vip_ranges.into(),
         debug: u32::from(settings.debug),
-        zero: 0,
+        dns_port: settings.dns_port.map_or(0, u32::from),
     };
     bpf::map_update(maps.config.as_fd(), &0_u32, &config)
         .map_err(|source| DatapathError::map("CONFIG", MapOperation::Write, source))

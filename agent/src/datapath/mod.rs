@@ -20,6 +20,7 @@ mod heartbeat;
 mod kernel_log;
 mod links;
 pub mod load;
+pub mod queries;
 mod reconcile;
 mod types;
 
@@ -73,6 +74,7 @@ struct Maps {
     fallbacks: OwnedFd,
     heartbeat: OwnedFd,
     listeners: OwnedFd,
+    servers: OwnedFd,
     origins: OwnedFd,
     flows: OwnedFd,
     counts: OwnedFd,
@@ -218,6 +220,7 @@ impl Datapath {
             let key = ListenerKey::new(netns.0, &address);
             was_enrolled |= bpf::map_delete(map, &key).map_err(fails)?;
         }
+        bpf::map_delete(map, &ListenerKey::datagrams(netns.0)).map_err(fails)?;
         Ok(was_enrolled)
     }
 

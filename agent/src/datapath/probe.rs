@@ -11,7 +11,7 @@ use super::{
     bpf::CgroupHook,
     cgroup::Cgroup2,
     iptables::{self, Choice},
-    links::{self, ORIGINAL_DST, WORKLOAD_PROGRAMS},
+    links::{self, ORIGINAL_DST, QUERIES, WORKLOAD_PROGRAMS},
     load,
     netns::Netns,
     pins,
@@ -136,6 +136,7 @@ fn programs() -> Vec<Finding> {
     };
     let names = WORKLOAD_PROGRAMS
         .iter()
+        .chain(&QUERIES)
         .chain(std::iter::once(&ORIGINAL_DST));
     names
         .map(|hooked| {

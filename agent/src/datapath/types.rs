@@ -8,7 +8,7 @@ use std::{
 };
 
 use ipnet::{Ipv4Net, Ipv6Net};
-use sidestep_abi::{Address, Origin, PortBe, Ranges};
+use sidestep_abi::{Address, Origin, PortBe, Ranges, Target};
 
 use crate::config::AwayPolicy;
 
@@ -64,6 +64,13 @@ pub struct Maker {
     pub uid: u32,
     /// Its process id, in the initial pid namespace; 0 where the kernel does not say.
     pub process: u32,
+}
+
+impl Captured {
+    /// Whether it is for a DNS server and not for a service.
+    pub fn is_dns(&self) -> bool {
+        self.service.0 == Target::DNS.service
+    }
 }
 
 impl From<Origin> for Captured {
@@ -125,6 +132,8 @@ pub struct DatapathSettings {
     pub max_flows: u32,
     /// Whether to answer `SO_ORIGINAL_DST` on the agent's sockets.
     pub so_original_dst: bool,
+    /// Where DNS queries in datagrams go, on loopback, if queries are captured.
+    pub dns_port: Option<u16>,
     /// Whether to load the programs that can log every decision, and to let them.
     pub debug: bool,
 }

@@ -381,6 +381,7 @@ fn datapath(
         max_vips: capture.max_vips,
         max_flows: capture.max_flows,
         so_original_dst: capture.so_original_dst,
+        dns_port: None,
         debug: capture.debug,
     };
     let programs =

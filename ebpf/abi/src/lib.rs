@@ -14,6 +14,7 @@
 pub mod address;
 pub mod maps;
 pub mod decision;
+pub mod query;
 pub mod verdict;
 #[cfg(feature = "user")]
 mod user;
@@ -22,15 +23,19 @@ pub use address::{Address, PortBe};
 pub use decision::{Class, Facts, Found, Ranges, classify, decide, loopback_spread, may_fall_back};
 pub use maps::{
     Away, Config, Fallback, FlowKey, Heartbeat, KnownAddress, ListenerKey, Origin, Refusal, Role,
-    Target, VipKey, VipValue,
+    Server, Target, VipKey, VipValue,
 };
+pub use query::{DNS_PORT, QueryFacts, decide_query, may_stand_in, stand_in};
 pub use verdict::{FlowEvent, Verdict};
 
 /// Raised with every change of a layout or of its meaning; programs refuse VIPs if it differs.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// How many slots the per-CPU counter map has: verdicts first, then flow events.
 pub const COUNTERS: u32 = 64;
+
+/// How many servers queries in datagrams may be captured on their way to, on one node.
+pub const MAX_SERVERS: u32 = 16_384;
 
 /// How many services may have a fallback: room in the map is for two sets of them, the new one is written first.
 pub const MAX_FALLBACKS: u32 = 1024;

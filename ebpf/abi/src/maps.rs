@@ -64,6 +64,13 @@ pub struct Target {
 }
 
 impl Target {
+    /// What DNS queries over TCP are captured for: no service, its number follows from no name.
+    pub const DNS: Self = Self {
+        service: u64::MAX - 1,
+        reachable: 1,
+        away: Away::OPEN,
+    };
+
     /// The service with this number.
     #[inline(always)]
     pub const fn new(service: u64, reachable: bool, away: Away) -> Self {
@@ -218,7 +225,7 @@ impl Heartbeat {
     }
 }
 
-/// Key of the map `LISTENERS`, whose values are sockets: in which network namespace, for which family.
+/// Key of the map `LISTENERS`, whose values are sockets: in which network namespace, for which family and protocol.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ListenerKey {
@@ -226,11 +233,27 @@ pub struct ListenerKey {
     pub netns: u64,
     /// 4 or 6.
     pub family: u32,
-    /// Zero.
-    pub zero: u32,
+    /// [`TCP`] for connects, [`UDP`] for queries in datagrams.
+    pub protocol: u32,
 }
 
+/// `IPPROTO_TCP`
+pub const TCP: u32 = 6;
+
+/// `IPPROTO_UDP`
+pub const UDP: u32 = 17;
+
 impl ListenerKey {
+    /// Where queries in datagrams go in the namespace with this cookie.
+    #[inline(always)]
+    pub const fn datagrams(netns: u64) -> Self {
+        Self {
+            netns,
+            family: 4,
+            protocol: UDP,
+        }
+    }
+
     /// The listener for connects to `destination` in the namespace with this cookie.
     #[inline(always)]
     pub const fn new(netns: u64, destination: &Address) -> Self {
@@ -242,8 +265,45 @@ impl ListenerKey {
         Self {
             netns,
             family,
+            protocol: TCP,
+        }
+    }
+}
+
+/// Value of the map `SERVERS`: the DNS server that a loopback address stands for. Once written it never changes nor
+/// goes, so it needs no check.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Server {
+    /// Its address.
+    pub address: Address,
+    /// Its port.
+    pub port: PortBe,
+    /// Zero.
+    pub zero: u16,
+}
+
+impl Server {
+    /// A server at `address` and `port`.
+    #[inline(always)]
+    pub const fn new(address: Address, port: PortBe) -> Self {
+        Self {
+            address,
+            port,
             zero: 0,
         }
+    }
+
+    /// Whether it is at `address` and `port`.
+    #[inline(always)]
+    pub const fn is_at(&self, address: &Address, port: PortBe) -> bool {
+        let [first, second, third, fourth] = self.address.words;
+        let [first_, second_, third_, fourth_] = address.words;
+        first == first_
+            && second == second_
+            && third == third_
+            && fourth == fourth_
+            && self.port.0 == port.0
     }
 }
 
@@ -346,8 +406,8 @@ pub struct Config {
     pub ranges: crate::Ranges,
     /// 1 to log every decision; only objects built with the feature `log` do.
     pub debug: u32,
-    /// Zero.
-    pub zero: u32,
+    /// The agent's port for queries in datagrams, host byte order; 0 if queries are not captured.
+    pub dns_port: u32,
 }
 
 /// A record of the ring buffer `REFUSALS`: a connect that was refused.
@@ -407,6 +467,7 @@ assert_layout! {
     Fallback: 32, 8;
     Heartbeat: 16, 8;
     ListenerKey: 16, 8;
+    Server: 20, 4;
     FlowKey: 48, 8;
     Origin: 104, 8;
     crate::Ranges: 40, 4;

@@ -10,7 +10,8 @@ use proptest::prelude::*;
 
 use crate::{
     Address, Away, Class, Facts, Fallback, FlowEvent, Found, Heartbeat, KnownAddress, PortBe,
-    Ranges, Target, Verdict, VipKey, VipValue, classify, decide, loopback_spread, may_fall_back,
+    QueryFacts, Ranges, Target, Verdict, VipKey, VipValue, classify, decide, decide_query,
+    loopback_spread, may_fall_back, may_stand_in, stand_in,
 };
 
 fn address(text: &str) -> Address {
@@ -367,7 +368,111 @@ fn the_spread_is_even() {
     );
 }
 
+#[test]
+fn a_query_is_captured_only_if_an_agent_takes_it() {
+    let taken = QueryFacts {
+        enabled: true,
+        agent: false,
+        can_capture: true,
+        listener: PortBe::from_host(15_001),
+        heartbeat: Heartbeat {
+            beat_ns: 100,
+            hung_after_ns: 50,
+        },
+        now_ns: 150,
+    };
+    let table = [
+        (taken, Some(Verdict::QueryCaptured)),
+        (
+            QueryFacts {
+                enabled: false,
+                ..taken
+            },
+            None,
+        ),
+        (
+            QueryFacts {
+                agent: true,
+                ..taken
+            },
+            None,
+        ),
+        (
+            QueryFacts {
+                can_capture: false,
+                ..taken
+            },
+            Some(Verdict::QueryPassed),
+        ),
+        (
+            QueryFacts {
+                listener: PortBe(0),
+                ..taken
+            },
+            Some(Verdict::QueryPassed),
+        ),
+        (
+            QueryFacts {
+                now_ns: 151,
+                ..taken
+            },
+            Some(Verdict::QueryPassed),
+        ),
+    ];
+    for (facts, verdict) in table {
+        assert_eq!(decide_query(&facts), verdict, "{facts:?}");
+    }
+}
+
+#[test]
+fn a_loopback_address_stands_for_one_host_on_the_network_or_this_one() {
+    let table = [
+        ("192.0.2.53", 0, true),
+        ("127.0.0.53", 0, true),
+        ("127.0.0.53", 1, true),
+        ("192.0.2.53", 2, false),
+        ("0.0.0.0", 0, false),
+        ("224.0.0.251", 0, false),
+        ("255.255.255.255", 0, false),
+        ("240.0.0.1", 0, false),
+        // In a configured range.
+        ("10.96.0.10", 0, false),
+        ("2001:db8::53", 0, false),
+        ("::1", 0, false),
+    ];
+    for (text, device, may) in table {
+        let server = address(text);
+        let class = classify(&server, &ranges());
+        assert_eq!(may_stand_in(&server, class, device), may, "{text}");
+    }
+}
+
 proptest! {
+    #[test]
+    fn nothing_refuses_a_query(
+        flags: [bool; 3], listener: u16, beat_ns: u64, hung_after_ns: u64, now_ns: u64,
+    ) {
+        let [enabled, agent, can_capture] = flags;
+        let heartbeat = Heartbeat { beat_ns, hung_after_ns };
+        let listener = PortBe(listener);
+        let facts = QueryFacts { enabled, agent, can_capture, listener, heartbeat, now_ns };
+        match decide_query(&facts) {
+            None => prop_assert!(!enabled || agent),
+            Some(verdict) => {
+                prop_assert!(!verdict.is_refusal());
+                let captured = verdict == Verdict::QueryCaptured;
+                prop_assert!(!captured || (can_capture && listener.0 != 0 && !heartbeat.is_late(now_ns)));
+            }
+        }
+    }
+
+    #[test]
+    fn what_stands_for_a_server_is_loopback_and_where_no_program_listens(bits: u32, attempt in 0_u16..4) {
+        let word = stand_in(&Address::from_v4_word(bits.to_be()), attempt);
+        let stands = Ipv4Addr::from_bits(u32::from_be(word));
+        prop_assert!(stands.is_loopback() && stands.octets()[1] != 0);
+    }
+
     #[test]
     fn an_address_stays_itself(ip: IpAddr) {
         prop_assert_eq!(Address::from_ip(ip).to_ip(), ip.to_canonical());

@@ -4,7 +4,7 @@
 
 use crate::{
     Address, Config, Fallback, FlowKey, Heartbeat, KnownAddress, ListenerKey, Origin, Refusal,
-    VipKey, VipValue,
+    Server, VipKey, VipValue,
 };
 
 macro_rules! pod {
@@ -26,6 +26,7 @@ pod!(
     ListenerKey,
     Origin,
     Refusal,
+    Server,
     VipKey,
     VipValue
 );

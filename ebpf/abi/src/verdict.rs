@@ -92,6 +92,10 @@ counted! {
         Fallback = 16, "fallback";
         /// The agent listens, but has not shown that it runs for too long.
         RefusedHung = 17, "refused_hung";
+        /// A DNS query, sent to the agent: a connect, or a datagram of a socket that is not connected.
+        QueryCaptured = 18, "query_captured";
+        /// A DNS query that no agent takes, or that could not be kept for one: to its server.
+        QueryPassed = 19, "query_passed";
     }
 }
 
@@ -112,7 +116,9 @@ impl Verdict {
             | Self::PassedProtocol
             | Self::PassedAgent
             | Self::PassedOpen
-            | Self::Fallback => 0,
+            | Self::Fallback
+            | Self::QueryCaptured
+            | Self::QueryPassed => 0,
             Self::RefusedUnknownVip | Self::RefusedAgent => EHOSTUNREACH,
             Self::RefusedUnknownPort
             | Self::RefusedNoEndpoint

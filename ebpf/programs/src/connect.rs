@@ -5,17 +5,17 @@
 
 use aya_ebpf::helpers::generated::{bpf_get_current_ancestor_cgroup_id, bpf_ktime_get_ns};
 use sidestep_abi::{
-    ABI_VERSION, Address, Class, Config, Facts, Found, Heartbeat, ListenerKey, Origin, PortBe,
-    Role, Target, Verdict, VipKey, classify, decide, loopback_spread, may_fall_back,
+    ABI_VERSION, Address, Class, Config, DNS_PORT, Facts, Found, Heartbeat, ListenerKey, Origin,
+    PortBe, Role, Target, Verdict, VipKey, classify, decide, decide_query, loopback_spread,
+    maps::{TCP, UDP},
+    may_fall_back,
 };
 
 use crate::{
     context::{LOOPBACK_DEVICE, SockAddr, Socket, fail_with},
-    log, maps, origins, report,
+    log, maps, origins, query, report,
 };
 
-/// `IPPROTO_TCP`.
-const TCP: u32 = 6;
 /// `IPPROTO_MPTCP`; what goes through connect() is TCP all the same.
 const MPTCP: u32 = 262;
 
@@ -32,18 +32,39 @@ pub enum Step {
 #[inline(always)]
 pub fn handle(context: SockAddr, destination: Address) -> Step {
     let protocol = context.protocol();
+    let port = context.port();
     if protocol != TCP && protocol != MPTCP {
+        let mut rewritten = (Address::default(), PortBe(0));
+        let is_query = protocol == UDP && port == DNS_PORT;
+        if is_query && query::redirect(context, &destination, &mut rewritten) {
+            return Step::Rewrite(rewritten.0, rewritten.1);
+        }
         report::count(Verdict::PassedProtocol.slot());
         return Step::Pass;
     }
-    let port = context.port();
-    let facts = look_up(context, &destination, port);
+    let mut facts = look_up(context, &destination, port);
     let mut verdict = decide(&facts);
+    let mut target = facts.target();
+    let passes = matches!(verdict, Verdict::PassedOther | Verdict::PassedLoopback);
+    if port == DNS_PORT && passes {
+        let key = ListenerKey::new(context.netns(), &destination);
+        let found = query::look_up(&key, true);
+        if let Some(decided) = decide_query(&found) {
+            verdict = decided;
+            target = Some(Target::DNS);
+            facts.listener = found.listener;
+            facts.now_ns = found.now_ns;
+        }
+    }
     let mut rewritten = (Address::default(), facts.listener);
-    match (verdict, facts.target()) {
-        (Verdict::Captured, Some(target)) => {
+    match (verdict, target) {
+        (Verdict::Captured | Verdict::QueryCaptured, Some(target)) => {
             match capture(context, &destination, port, &target, &facts) {
                 Ok(address) => rewritten.0 = address,
+                // Its server answers it too.
+                Err(_) if matches!(verdict, Verdict::QueryCaptured) => {
+                    verdict = let_go(context).err().unwrap_or(Verdict::QueryPassed);
+                }
                 Err(refusal) => verdict = refusal,
             }
         }
@@ -64,7 +85,9 @@ pub fn handle(context: SockAddr, destination: Address) -> Step {
         return Step::Refuse;
     }
     match verdict {
-        Verdict::Captured | Verdict::Fallback => Step::Rewrite(rewritten.0, rewritten.1),
+        Verdict::Captured | Verdict::Fallback | Verdict::QueryCaptured => {
+            Step::Rewrite(rewritten.0, rewritten.1)
+        }
         _ => Step::Pass,
     }
 }
@@ -109,7 +132,7 @@ fn look_up(context: SockAddr, destination: &Address, port: PortBe) -> Facts {
 }
 
 #[inline(always)]
-fn is_agent(config: &Config) -> bool {
+pub fn is_agent(config: &Config) -> bool {
     let level = config.agent_cgroup_level as i32;
     // SAFETY: takes a number; gives 0 if the task is not as deep.
     let ancestor = unsafe { bpf_get_current_ancestor_cgroup_id(level) };

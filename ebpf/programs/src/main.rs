@@ -4,6 +4,8 @@
 //! application wanted to go and sends it to the agent's listener; [`sock_ops`] hands that memory from
 //! the application's socket to the one which the agent accepts; [`getpeername4`] and [`getpeername6`]
 //! keep the application from seeing the listener; [`getsockopt`] answers `SO_ORIGINAL_DST`.
+//! A DNS query in a datagram is sent to the agent by [`sendmsg4`], or by the connect hooks if its socket is connected,
+//! and [`recvmsg4`] and [`recvmsg6`] let the answer come from the server that was asked.
 //! What is decided stands in `sidestep-abi`, where it is tested. Nothing here picks an instance or
 //! knows an identity: that is the agent's.
 //!
@@ -16,6 +18,10 @@ mod connect4;
 mod connect6;
 mod connect;
 mod sock_ops;
+mod query;
+mod sendmsg4;
+mod recvmsg4;
+mod recvmsg6;
 mod getpeername4;
 mod getpeername6;
 mod getsockopt;

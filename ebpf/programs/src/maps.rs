@@ -6,7 +6,7 @@ use core::{
 };
 
 use aya_ebpf::{
-    bindings::{BPF_F_NO_PREALLOC, bpf_sock},
+    bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST, bpf_sock},
     btf_maps::SkStorage,
     helpers::generated::{bpf_map_lookup_elem, bpf_sk_release},
     macros::{btf_map, map},
@@ -14,7 +14,7 @@ use aya_ebpf::{
 };
 use sidestep_abi::{
     Address, COUNTERS, Config, Fallback, FlowKey, Found, Heartbeat, KnownAddress, ListenerKey,
-    MAX_FALLBACKS, Origin, PortBe, VipKey, VipValue,
+    MAX_FALLBACKS, MAX_SERVERS, Origin, PortBe, Server, VipKey, VipValue,
 };
 
 /// Sizes of maps that the agent sets from its configuration when it loads the object.
@@ -46,6 +46,10 @@ static HEARTBEAT: Array<Heartbeat> = Array::with_max_entries(1, 0);
 /// found here listens, and nobody else can be behind it.
 #[map]
 static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(32_768, 0);
+
+/// The DNS servers that loopback addresses stand for, by the address's word. Written by the programs, and only added to.
+#[map]
+static SERVERS: HashMap<u32, Server> = HashMap::with_max_entries(MAX_SERVERS, 0);
 
 /// Where a socket's application wanted to go; lives and dies with the socket.
 #[btf_map]
@@ -108,6 +112,22 @@ pub fn listener(key: &ListenerKey) -> PortBe {
         let _ = unsafe { bpf_sk_release(socket) };
     }
     PortBe::from_host(port as u16)
+}
+
+/// The server that a loopback address stands for, in place: it never changes.
+#[inline(always)]
+pub fn server(stand_in: u32) -> Option<&'static Server> {
+    // SAFETY: null or an element that is never written again nor removed.
+    SERVERS
+        .get_ptr(stand_in)
+        .and_then(|server| unsafe { server.as_ref() })
+}
+
+/// Lets a loopback address stand for `server`, if it stands for none yet and there is room.
+#[inline(always)]
+pub fn add_server(stand_in: u32, server: &Server) {
+    // Whether it does is seen by looking it up: another CPU may have been faster.
+    let _ = SERVERS.insert(stand_in, server, u64::from(BPF_NOEXIST));
 }
 
 #[inline(always)]
