@@ -276,9 +276,11 @@ fn keys_and_metrics_that_pages_name_exist() {
         for word in page.split(|c: char| !c.is_ascii_alphanumeric() && c != '_') {
             let is_metric = word.starts_with("sidestep_") && !word.ends_with('_');
             let exists = || names::ALL.iter().any(|metric| metric.name == word);
-            let is_program = ["conn4", "conn6", "flows", "peer4", "peer6", "origd"]
-                .iter()
-                .any(|name| word == format!("sidestep_{name}"));
+            let is_program = [
+                "conn4", "conn6", "flows", "origd", "peer4", "peer6", "recv4", "recv6", "send4",
+            ]
+            .iter()
+            .any(|name| word == format!("sidestep_{name}"));
             assert!(
                 !is_metric || is_program || exists(),
                 "{place}: no metric {word}"

@@ -88,6 +88,11 @@ struct Bench {
 
 impl Bench {
     fn new(purpose: &str) -> Self {
+        Self::with(purpose, false)
+    }
+
+    /// With `debug`, the programs are those which can log every decision.
+    fn with(purpose: &str, debug: bool) -> Self {
         let scratch = Scratch::new(purpose).unwrap();
         let agent = scratch.cgroup().child("agent").unwrap();
         let workload = scratch.cgroup().child("workload").unwrap();
@@ -130,7 +135,7 @@ impl Bench {
             max_flows: 1024,
             so_original_dst: false,
             dns_port: Some(PORT),
-            debug: false,
+            debug,
         };
         let datapath = Arc::new(Datapath::load(settings, None).unwrap());
         datapath.attach_hand_over().unwrap();
@@ -413,4 +418,34 @@ except OSError as error:
     assert_eq!(bench.client(all), expected);
     assert_eq!(bench.count(Verdict::QueryPassed), 8);
     let _lives = bench.scratch.name();
+}
+
+#[test]
+fn programs_that_can_log_capture_as_well() {
+    let bench = Bench::with("log", true);
+    let said = bench.client("said['answer'] = ask(udp(), NOWHERE)");
+    assert_eq!(said["answer"][1], "198.51.100.53");
+    bench.client("s = socket.socket(); s.connect(NOWHERE)");
+    assert!(bench.accepted().is_dns());
+}
+
+/// What the documentation calls limits. A kernel that does better is good news, and this test says so.
+#[test]
+fn what_harms_is_as_documented() {
+    let mut bench = Bench::new("harm");
+    let said = bench.client(
+        "chosen = udp()
+index = socket.if_nametoindex('mesh0')
+chosen.setsockopt(socket.IPPROTO_IP, 50, struct.pack('!I', index))
+said['IP_UNICAST_IF'] = ask(chosen, REAL)
+again = udp(); again.connect(REAL)
+try:
+    again.connect(('192.0.2.2', 54))
+except OSError as error:
+    said['again'] = errno.errorcode[error.errno]
+said['own'] = again.getsockname()[0]",
+    );
+    let expected = json!({"IP_UNICAST_IF": "timeout", "again": "EINVAL", "own": "127.0.0.1"});
+    assert_eq!(said, expected);
+    bench.stop_listening();
 }

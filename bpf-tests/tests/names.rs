@@ -10,6 +10,8 @@ use bpf_tests::{claims::names::TOPIC, test_claims};
 test_claims! {
     TOPIC:
     programs_resolve_and_connect
+    names_are_known_without_being_told
+    other_names_come_from_their_server
     large_answers_come_whole
     nobody_else_gets_an_answer
     answers_are_consuls

@@ -296,6 +296,7 @@ fn capture(c: &mut Checker<'_>, raw: raw::Capture) -> CaptureConfig {
     let has_programs = raw.mode == CaptureMode::Ebpf;
     for (key, value) in [
         ("capture.debug", raw.debug),
+        ("capture.dns", raw.dns),
         ("capture.so_original_dst", raw.so_original_dst),
     ] {
         c.expect(has_programs || !value, key, || {
@@ -313,6 +314,7 @@ fn capture(c: &mut Checker<'_>, raw: raw::Capture) -> CaptureConfig {
         max_flows: raw.max_flows,
         pin_directory: pins,
         so_original_dst: raw.so_original_dst,
+        dns: raw.dns,
         hung_after: raw.hung_after.0,
         debug: raw.debug,
     }

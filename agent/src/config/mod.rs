@@ -108,6 +108,8 @@ pub struct CaptureConfig {
     pub pin_directory: Option<PathBuf>,
     /// `so_original_dst`: answer `SO_ORIGINAL_DST` on accepted sockets, for other proxies.
     pub so_original_dst: bool,
+    /// `dns`: capture DNS queries, so that workloads know services' names.
+    pub dns: bool,
     /// `hung_after`: without a heartbeat for so long, the agent counts as away; `"off"` for never.
     pub hung_after: Option<Duration>,
     /// `debug`: let the eBPF programs log every decision.

@@ -98,6 +98,8 @@ pub(super) struct Capture {
     pub(super) pin_directory: PathBuf,
     #[serde(default)]
     pub(super) so_original_dst: bool,
+    #[serde(default)]
+    pub(super) dns: bool,
     #[serde(default = "hung_after")]
     pub(super) hung_after: Limit,
     #[serde(default)]

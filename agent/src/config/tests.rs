@@ -199,6 +199,10 @@ fn a_value_that_cannot_be_used_is_named_with_what_was_expected() {
             "capture.debug: true: expected false",
         ),
         (
+            "[capture]\nmode = \"iptables\"\ndns = true",
+            "capture.dns: true: expected false",
+        ),
+        (
             "[capture]\nmode = \"iptables-nft\"\nso_original_dst = true",
             "capture.so_original_dst: true: expected false",
         ),

@@ -1,12 +1,18 @@
 //! The two ways of capturing, behind one face: eBPF programs, or iptables rules where these cannot be used.
 
-use std::{os::fd::BorrowedFd, path::PathBuf, time::Duration};
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    os::fd::BorrowedFd,
+    path::PathBuf,
+    time::Duration,
+};
 
 use sidestep_abi::{FlowEvent, Verdict};
 
 use super::{
     Attachment, Captured, Datapath, DatapathError, NetnsCookie, Reconciled, RefusedEvents,
     Undesired, VipTargets, iptables::Iptables, listener::CaptureListeners, netns::Netns,
+    queries::QuerySocket,
 };
 
 /// What captures on this node. The order of calls is that of [`Datapath::load`].
@@ -160,6 +166,43 @@ impl Backend {
         match self {
             Self::Programs(programs) => programs.dismiss_netns(cookie),
             Self::Rules(rules) => Ok(rules.dismiss_netns(cookie)?),
+        }
+    }
+
+    /// See [`Datapath::enrol_queries`]; rules capture no queries.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn enrol_queries(
+        &self,
+        cookie: NetnsCookie,
+        socket: &QuerySocket,
+    ) -> Result<(), DatapathError> {
+        match self {
+            Self::Programs(programs) => programs.enrol_queries(cookie, socket),
+            Self::Rules(_) => Ok(()),
+        }
+    }
+
+    /// See [`Datapath::dismiss_queries`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn dismiss_queries(&self, cookie: NetnsCookie) -> Result<(), DatapathError> {
+        match self {
+            Self::Programs(programs) => programs.dismiss_queries(cookie),
+            Self::Rules(_) => Ok(()),
+        }
+    }
+
+    /// See [`Datapath::server`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn server(&self, stand_in: Ipv4Addr) -> Result<Option<SocketAddr>, DatapathError> {
+        match self {
+            Self::Programs(programs) => programs.server(stand_in),
+            Self::Rules(_) => Ok(None),
         }
     }
 

@@ -220,7 +220,7 @@ impl Datapath {
             let key = ListenerKey::new(netns.0, &address);
             was_enrolled |= bpf::map_delete(map, &key).map_err(fails)?;
         }
-        bpf::map_delete(map, &ListenerKey::datagrams(netns.0)).map_err(fails)?;
+        self.dismiss_queries(netns)?;
         Ok(was_enrolled)
     }
 

@@ -117,6 +117,17 @@ impl Datapath {
             .map_err(|source| DatapathError::map("LISTENERS", MapOperation::Write, source))
     }
 
+    /// From now on leaves queries in datagrams of this namespace alone.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`] if the kernel refuses.
+    pub fn dismiss_queries(&self, netns: NetnsCookie) -> Result<(), DatapathError> {
+        let map = self.maps.listeners.as_fd();
+        bpf::map_delete(map, &ListenerKey::datagrams(netns.0))
+            .map(drop)
+            .map_err(|source| DatapathError::map("LISTENERS", MapOperation::Delete, source))
+    }
+
     /// The server that a loopback address stands for. It never stands for another.
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 //! A query comes as a [`Query`]: bytes, the transport, who asks, and the server that it was meant for if it was
 //! captured on its way there. [`Resolver::decide`] answers names of the [`zone`] at once; the rest is
 //! [forwarded](Resolver::forward) as it is, and the answer comes back as bytes. [`server`] brings queries from a
-//! listener; whatever else brings them calls the same two.
+//! listener, [`captured`] those that workloads sent elsewhere.
 //!
 //! Nothing here decides who may call a service: that is the business of its connections.
 
@@ -11,6 +11,8 @@ pub mod zone;
 pub mod server;
 pub mod forward;
 pub mod limit;
+pub mod captured;
+pub mod sockets;
 mod grammar;
 mod message;
 #[cfg(any(test, fuzzing))]
@@ -43,6 +45,7 @@ use tokio::{
 use self::{
     forward::{ForwardError, Forwarder},
     message::{Envelope, Received},
+    sockets::NamespaceSockets,
     zone::{Answer, Zone, ZoneSettings},
 };
 use crate::{
@@ -70,8 +73,17 @@ pub struct Query<'a> {
     pub transport: Transport,
     /// Who asks.
     pub client: SocketAddr,
-    /// The server that it was sent to, if it was captured; what is not ours goes to exactly that one.
-    pub server: Option<SocketAddr>,
+    /// Where it was going, if it was captured; what is not ours goes to exactly that server.
+    pub original: Option<&'a Original>,
+}
+
+/// Where a captured query was going.
+#[derive(Debug, Clone)]
+pub struct Original {
+    /// The server.
+    pub server: SocketAddr,
+    /// What makes sockets in the network namespace of who asks; `None` if that is the agent's own.
+    pub sockets: Option<Arc<NamespaceSockets>>,
 }
 
 /// What becomes of a query.
@@ -194,7 +206,7 @@ impl Resolver {
     }
 
     fn is_recursive(&self, query: &Query<'_>) -> bool {
-        query.server.is_some() || self.forwarder.has_upstreams()
+        query.original.is_some() || self.forwarder.has_upstreams()
     }
 
     /// Counts a query that gets no answer.
@@ -239,6 +251,10 @@ impl Resolver {
             tracing::warn!(error = %chain(&error), suppressed, "query not forwarded");
         }
         self.metrics.dns_query(query.transport, outcome);
+        if query.original.is_some() && matches!(error, ForwardError::NoAnswer { .. }) {
+            // Who was captured asked that server, and hears from it what it says: nothing.
+            return;
+        }
         if let Some(answer) = message::only_code(query.message, code, self.is_recursive(query)) {
             // Nobody is left to take it: nobody waits for it.
             let _gone = replies.send(answer).await;

@@ -24,7 +24,7 @@ use tokio::{
 };
 
 use super::{
-    Query, Resolver, Step, Transport,
+    Original, Query, Resolver, Step, Transport,
     forward::{framed, read_message},
     limit::RateLimit,
 };
@@ -36,7 +36,7 @@ use crate::{
 };
 
 /// TCP connections at once.
-const CONNECTIONS_MAX: usize = 256;
+pub(super) const CONNECTIONS_MAX: usize = 256;
 
 /// How long a TCP connection may be silent, and how long its client may not read. Source: RFC 7766, section 6.2.3.
 const IDLE: Duration = Duration::from_secs(10);
@@ -48,10 +48,10 @@ const PIPELINED_MAX: usize = 32;
 const BACKLOG: i32 = 128;
 
 /// After a failed receive, which is for want of memory.
-const PAUSE: Duration = Duration::from_millis(5);
+pub(super) const PAUSE: Duration = Duration::from_millis(5);
 
 /// The largest datagram.
-const DATAGRAM_MAX: usize = 65_535;
+pub(super) const DATAGRAM_MAX: usize = 65_535;
 
 /// It cannot be listened on.
 #[derive(Debug, thiserror::Error)]
@@ -79,14 +79,41 @@ impl Gate {
     }
 }
 
+/// What answers those who pass a gate, however their queries come.
+#[derive(Debug)]
+pub(super) struct Service {
+    pub(super) resolver: Arc<Resolver>,
+    pub(super) gate: Arc<Gate>,
+    pub(super) telemetry: Telemetry,
+    pub(super) shutdown: Shutdown,
+}
+
+/// Brings an answer to who asked in a datagram.
+pub(super) trait Reply: Send + 'static {
+    /// What cannot be sent is as good as lost, which clients of UDP expect.
+    fn send(self, answer: Vec<u8>) -> impl Future<Output = ()> + Send;
+}
+
 /// What serves one address.
 #[derive(Debug)]
 struct DnsServer {
-    resolver: Arc<Resolver>,
-    gate: Arc<Gate>,
-    telemetry: Telemetry,
-    shutdown: Shutdown,
+    service: Arc<Service>,
     datagrams: UdpSocket,
+}
+
+/// An answer's way out of a [`DnsServer`].
+struct FromServer {
+    server: Arc<DnsServer>,
+    client: SocketAddr,
+}
+
+impl Reply for FromServer {
+    async fn send(self, answer: Vec<u8>) {
+        let client = self.client;
+        if let Err(error) = self.server.datagrams.send_to(&answer, client).await {
+            tracing::debug!(%client, %error, "answer not sent");
+        }
+    }
 }
 
 /// An address that is listened on.
@@ -124,10 +151,12 @@ impl DnsListener {
         Ok(Self {
             listener: TcpListener::from_std(listener).map_err(failed(Transport::Tcp))?,
             server: Arc::new(DnsServer {
-                resolver,
-                gate,
-                telemetry,
-                shutdown,
+                service: Arc::new(Service {
+                    resolver,
+                    gate,
+                    telemetry,
+                    shutdown,
+                }),
                 datagrams,
             }),
             kept,
@@ -137,10 +166,12 @@ impl DnsListener {
     /// Serves until draining starts.
     pub fn start(self) {
         let server = self.server;
-        let shutdown = server.shutdown.clone();
+        let shutdown = server.service.shutdown.clone();
         shutdown.spawn("dns over udp", Arc::clone(&server).serve_datagrams());
         shutdown.spawn("dns over tcp", async move {
-            server.serve_connections(self.listener).await;
+            Arc::clone(&server.service)
+                .serve_connections(self.listener)
+                .await;
             drop(self.kept);
         });
     }
@@ -148,7 +179,7 @@ impl DnsListener {
 
 impl DnsServer {
     async fn serve_datagrams(self: Arc<Self>) {
-        let shutdown = self.shutdown.clone();
+        let shutdown = self.service.shutdown.clone();
         let mut draining = pin!(shutdown.draining());
         let mut buffer = vec![0; DATAGRAM_MAX];
         loop {
@@ -180,44 +211,53 @@ impl DnsServer {
 
     async fn take_datagram(self: &Arc<Self>, buffer: &[u8], length: usize, client: SocketAddr) {
         let message = buffer.get(..length).unwrap_or_default();
-        if self.may_ask(client, Transport::Udp) {
-            self.serve_datagram(message, client).await;
-        }
+        let reply = FromServer {
+            server: Arc::clone(self),
+            client,
+        };
+        self.service
+            .serve_datagram(message, client, None, reply)
+            .await;
     }
+}
 
-    async fn serve_datagram(self: &Arc<Self>, message: &[u8], client: SocketAddr) {
+impl Service {
+    /// Answers one datagram, at once or, if it is forwarded, from a task.
+    pub(super) async fn serve_datagram(
+        self: &Arc<Self>,
+        message: &[u8],
+        client: SocketAddr,
+        original: Option<Arc<Original>>,
+        reply: impl Reply,
+    ) {
+        if !self.may_ask(client, Transport::Udp) {
+            return;
+        }
         let query = Query {
             message,
             transport: Transport::Udp,
             client,
-            server: None,
+            original: original.as_deref(),
         };
         match self.resolver.decide(&query) {
             Step::Ignore => {}
-            Step::Answer(answer) => self.send(&answer, client).await,
+            Step::Answer(answer) => reply.send(answer).await,
             Step::Forward => {
-                let (server, message) = (Arc::clone(self), message.to_vec());
+                let (resolver, message) = (Arc::clone(&self.resolver), message.to_vec());
                 self.shutdown.spawn("dns query", async move {
                     let query = Query {
                         message: &message,
                         transport: Transport::Udp,
                         client,
-                        server: None,
+                        original: original.as_deref(),
                     };
                     let (replies, mut answers) = mpsc::channel(1);
-                    server.resolver.forward(&query, &replies).await;
+                    resolver.forward(&query, &replies).await;
                     if let Ok(answer) = answers.try_recv() {
-                        server.send(&answer, client).await;
+                        reply.send(answer).await;
                     }
                 });
             }
-        }
-    }
-
-    /// A datagram that cannot be sent is as good as lost, which clients of UDP expect.
-    async fn send(&self, answer: &[u8], client: SocketAddr) {
-        if let Err(error) = self.datagrams.send_to(answer, client).await {
-            tracing::debug!(%client, %error, "answer not sent");
         }
     }
 
@@ -235,18 +275,18 @@ impl DnsServer {
 
     async fn serve_connections(self: Arc<Self>, listener: TcpListener) {
         let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-        let server = Arc::clone(&self);
+        let service = Arc::clone(&self);
         let handle = move |stream, client: SocketAddr| {
-            let metrics = server.telemetry.metrics();
+            let metrics = service.telemetry.metrics();
             // Dropped, the connection closes.
-            if !server.gate.allows(client.ip()) {
+            if !service.gate.allows(client.ip()) {
                 metrics.dns_query(Transport::Tcp, DnsOutcome::NotAllowed);
                 return;
             }
             match Arc::clone(&connections).try_acquire_owned() {
                 Ok(permit) => {
-                    let task = Arc::clone(&server).serve_connection(stream, client, permit);
-                    server.shutdown.spawn("dns connection", task);
+                    let task = Arc::clone(&service).serve_connection(stream, client, None, permit);
+                    service.shutdown.spawn("dns connection", task);
                 }
                 Err(_full) => metrics.dns_query(Transport::Tcp, DnsOutcome::Overloaded),
             }
@@ -261,10 +301,12 @@ impl DnsServer {
         .await;
     }
 
-    async fn serve_connection(
+    /// Answers the queries of one connection until its client is done, silent for too long, or the agent drains.
+    pub(super) async fn serve_connection(
         self: Arc<Self>,
         stream: TcpStream,
         client: SocketAddr,
+        original: Option<Arc<Original>>,
         permit: OwnedSemaphorePermit,
     ) {
         // Answers are small, and the client waits for each.
@@ -282,7 +324,7 @@ impl DnsServer {
                 message: &message,
                 transport: Transport::Tcp,
                 client,
-                server: None,
+                original: original.as_deref(),
             };
             match self.resolver.decide(&query) {
                 Step::Ignore => return,
@@ -296,12 +338,13 @@ impl DnsServer {
                         return;
                     };
                     let (resolver, replies) = (Arc::clone(&self.resolver), replies.clone());
+                    let original = original.clone();
                     self.shutdown.spawn("dns query", async move {
                         let query = Query {
                             message: &message,
                             transport: Transport::Tcp,
                             client,
-                            server: None,
+                            original: original.as_deref(),
                         };
                         resolver.forward(&query, &replies).await;
                         drop(turn);

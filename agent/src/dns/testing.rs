@@ -185,7 +185,7 @@ pub(crate) fn bear(bytes: &[u8]) {
             message: bytes,
             transport,
             client: ([127, 0, 0, 1], 40_000).into(),
-            server: None,
+            original: None,
         };
         let answer = match RESOLVER.decide(&query) {
             Step::Answer(answer) => answer,

@@ -25,7 +25,7 @@ fn query(message: &[u8], transport: Transport) -> Query<'_> {
         message,
         transport,
         client: CLIENT,
-        server: None,
+        original: None,
     }
 }
 

@@ -2,17 +2,71 @@
 
 use std::sync::Arc;
 
-use super::{Node, NodeError, consul::ConsulParts};
+use super::{Node, NodeError, consul::ConsulParts, start::Common};
 use crate::{
-    config::DnsConfig,
+    catalog::consul::ConsulHandle,
+    config::{Config, DnsConfig},
+    datapath::Backend,
     dns::{
         Resolver,
+        captured::CapturedQueries,
         forward::{Forwarder, ResolvConf, Upstreams},
         limit::RateLimit,
         server::{DnsListener, Gate},
         zone::ZoneSettings,
     },
 };
+
+/// What serves captured queries, with `capture.dns`. `consul` knows services that the catalog has not.
+pub(super) fn captured(
+    config: &Config,
+    common: &Common,
+    datapath: &Arc<Backend>,
+    consul: Option<&ConsulHandle>,
+) -> Option<Arc<CapturedQueries>> {
+    if !config.capture.dns {
+        return None;
+    }
+    // What was captured goes to its server, and to nobody else.
+    let forwarder = Forwarder::new(Upstreams::Configured(vec![]));
+    let resolver = Resolver::new(
+        zone_settings(config, common.local.datacenter(), consul.is_some()),
+        Arc::clone(&common.in_kernel.borrow()),
+        forwarder,
+        Arc::clone(common.telemetry.metrics()),
+    );
+    let resolver = Arc::new(looking_up(resolver, consul));
+    resolver.follow(common.in_kernel.clone(), &common.shutdown);
+    Some(Arc::new(CapturedQueries::new(
+        resolver,
+        config.dns.queries_per_second,
+        Arc::clone(datapath),
+        common.telemetry.clone(),
+        common.shutdown.clone(),
+        Arc::clone(&common.replaced),
+    )))
+}
+
+/// Looks services up in Consul that the catalog has not, if there is one.
+fn looking_up(resolver: Resolver, consul: Option<&ConsulHandle>) -> Resolver {
+    match consul {
+        Some(source) => resolver.with_source(source.clone()),
+        None => resolver,
+    }
+}
+
+fn zone_settings(config: &Config, datacenter: &str, shared: bool) -> ZoneSettings {
+    let dns = &config.dns;
+    ZoneSettings {
+        domain: dns.domain.clone(),
+        ttl: dns.ttl,
+        service_answers: dns.service_answers,
+        datacenter: datacenter.to_owned(),
+        ranges: (config.capture.ipv4_range, config.capture.ipv6_range),
+        name_servers: dns.listen.iter().map(std::net::SocketAddr::ip).collect(),
+        shared,
+    }
+}
 
 /// Answers at `dns.listen`, if that is anywhere.
 ///
@@ -24,15 +78,7 @@ pub(super) fn serve(node: &Arc<Node>) -> Result<(), NodeError> {
     if dns.listen.is_empty() {
         return Ok(());
     }
-    let settings = ZoneSettings {
-        domain: dns.domain.clone(),
-        ttl: dns.ttl,
-        service_answers: dns.service_answers,
-        datacenter: node.local.datacenter().to_owned(),
-        ranges: (config.capture.ipv4_range, config.capture.ipv6_range),
-        name_servers: dns.listen.iter().map(std::net::SocketAddr::ip).collect(),
-        shared: node.consul.is_some(),
-    };
+    let settings = zone_settings(&config, node.local.datacenter(), node.consul.is_some());
     // With Consul, its own DNS says what does not lead to virtual addresses.
     let consuls = node.consul.as_ref().map(ConsulParts::dns_servers);
     let forwarder = Forwarder::new(upstreams(dns))
@@ -44,10 +90,8 @@ pub(super) fn serve(node: &Arc<Node>) -> Result<(), NodeError> {
         forwarder,
         metrics,
     );
-    let resolver = Arc::new(match &node.consul {
-        Some(consul) => resolver.with_source(consul.source.clone()),
-        None => resolver,
-    });
+    let source = node.consul.as_ref().map(|consul| &consul.source);
+    let resolver = Arc::new(looking_up(resolver, source));
     resolver.follow(node.in_kernel.subscribe(), &node.shutdown);
     let gate = Arc::new(Gate {
         allowed: dns.allow.clone(),

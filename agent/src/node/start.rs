@@ -9,6 +9,7 @@ use std::{
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
+use tokio::sync::watch;
 
 use super::{
     Node, NodeError,
@@ -24,7 +25,7 @@ use crate::{
     catalog::{
         consul::ConsulHandle,
         model::{IntentionAction, Snapshot},
-        store::CatalogStore,
+        store::{Catalog, CatalogStore},
         vip::{VipAllocator, VipPools},
     },
     config::{CaConfig, CaptureMode, Config, WorkloadConfig, WorkloadRule},
@@ -100,6 +101,7 @@ pub(super) async fn start(
     let policy = Arc::new(PolicyStore::new(intentions(&config, &catalog)));
     let datapath = Arc::new(datapath(&config, &cgroups, inheritance.pin_lock)?);
     let connections = Connections::new(config.limits.max_connections);
+    let in_kernel = watch::Sender::new(catalog.current());
     let common = Common {
         catalog: Arc::clone(&catalog),
         policy: Arc::clone(&policy),
@@ -107,6 +109,8 @@ pub(super) async fn start(
         connections: Arc::clone(&connections),
         telemetry: telemetry.clone(),
         local: local.clone(),
+        in_kernel: in_kernel.subscribe(),
+        replaced: Arc::clone(&replaced),
         shutdown: shutdown.clone(),
     };
     let freshness = consul.as_ref().map(|consul| consul.source.clone());
@@ -115,7 +119,6 @@ pub(super) async fn start(
     let tunnels = tunnel_listeners(&config, &inbound, &sockets)?;
     let captures =
         CaptureNamespaces::new(Arc::clone(&outbound), config.capture.port, sockets.clone());
-    let in_kernel = catalog.current();
     let node = Arc::new(Node {
         config_path,
         started_at: SystemTime::now(),
@@ -125,7 +128,7 @@ pub(super) async fn start(
         telemetry,
         catalog,
         catalog_problems: Mutex::new(problems),
-        in_kernel: tokio::sync::watch::Sender::new(in_kernel),
+        in_kernel,
         kernel_problem: Mutex::default(),
         policy,
         authority,
@@ -158,14 +161,17 @@ pub(super) async fn start(
 }
 
 /// What both directions have.
-struct Common {
+pub(super) struct Common {
     catalog: Arc<CatalogStore>,
     policy: Arc<PolicyStore>,
     certificates: Certificates,
     connections: Arc<Connections>,
-    telemetry: Telemetry,
-    local: LocalDomain,
-    shutdown: Shutdown,
+    pub(super) telemetry: Telemetry,
+    pub(super) local: LocalDomain,
+    /// The catalog as the kernel has it.
+    pub(super) in_kernel: watch::Receiver<Arc<Catalog>>,
+    pub(super) replaced: Arc<AtomicBool>,
+    pub(super) shutdown: Shutdown,
 }
 
 impl Common {
@@ -176,6 +182,7 @@ impl Common {
         workloads: Arc<WorkloadResolver>,
         freshness: Option<ConsulHandle>,
     ) -> Arc<Outbound> {
+        let queries = super::names::captured(config, self, &datapath, freshness.as_ref());
         Arc::new(Outbound {
             datapath,
             catalog: Arc::clone(&self.catalog),
@@ -189,6 +196,7 @@ impl Common {
                 self.shutdown.clone(),
                 PoolLimits::default(),
             ),
+            queries,
             connections: Arc::clone(&self.connections),
             telemetry: self.telemetry.clone(),
             settings: ArcSwap::from_pointee(outbound_settings(config)),
@@ -381,7 +389,7 @@ fn datapath(
         max_vips: capture.max_vips,
         max_flows: capture.max_flows,
         so_original_dst: capture.so_original_dst,
-        dns_port: None,
+        dns_port: capture.dns.then_some(capture.port),
         debug: capture.debug,
     };
     let programs =

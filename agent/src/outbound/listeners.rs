@@ -158,6 +158,9 @@ impl CaptureNamespaces {
                 if let Err(error) = self.outbound.datapath.dismiss_netns(open.cookie) {
                     tracing::warn!(%place, error = %chain(&error), "namespace not dismissed");
                 }
+                if let Some(queries) = &self.outbound.queries {
+                    queries.close(open.cookie);
+                }
                 open.closed.cancel();
                 tracing::info!(%place, "stopped capturing in namespace");
             }
@@ -176,6 +179,11 @@ impl CaptureNamespaces {
             .map_err(CaptureListenError::Enrol)?;
         let CaptureListeners { v4, v6, kept } = listeners;
         let closed = CancellationToken::new();
+        if let Some(queries) = &self.outbound.queries
+            && let Err(error) = queries.open(netns, cookie, port, closed.clone())
+        {
+            tracing::error!(%place, error = %chain(&error), "DNS queries in datagrams are not captured");
+        }
         for listener in std::iter::once(v4).chain(v6) {
             let listener = TcpListener::from_std(listener).map_err(failed)?;
             let (outbound, closed) = (Arc::clone(&self.outbound), closed.clone());

@@ -24,6 +24,7 @@ use crate::{
     },
     connections::Connections,
     datapath::{Backend, Captured, Maker},
+    dns::captured::CapturedQueries,
     health,
     identity::{certificates::Certificates, workload::WorkloadResolver},
     lifecycle::Shutdown,
@@ -55,6 +56,8 @@ pub struct Outbound {
     pub balancer: Balancer,
     /// Open connections to nodes that take tunnels of the kind `hbone`.
     pub hbone: hbone::Pool,
+    /// Serves captured DNS queries, if they are captured.
+    pub queries: Option<Arc<CapturedQueries>>,
     /// The table of live connections.
     pub connections: Arc<Connections>,
     /// Logs and metrics.
@@ -111,6 +114,16 @@ trait Door<L: Listener>: Send + Sync + 'static {
         downstream: &L::Stream,
         peer: &L::Peer,
     ) -> Result<Asked<'_>, Outcome>;
+
+    /// Takes over a connection to a DNS server, which only a capture listener gets.
+    fn serve_queries(
+        &self,
+        _outbound: &Outbound,
+        _downstream: L::Stream,
+        _client: &L::Peer,
+        _asked: &Asked<'_>,
+    ) {
+    }
 }
 
 /// The door of capture listeners.
@@ -126,9 +139,26 @@ impl Door<TcpListener> for Capture {
     ) -> Result<Asked<'_>, Outcome> {
         outbound.capture(downstream, *peer)
     }
+
+    fn serve_queries(
+        &self,
+        outbound: &Outbound,
+        downstream: TcpStream,
+        client: &SocketAddr,
+        asked: &Asked<'_>,
+    ) {
+        if let (Some(queries), Wanted::Captured(captured)) = (&outbound.queries, &asked.wanted) {
+            queries.serve_connection(downstream, *client, captured);
+        }
+    }
 }
 
 impl Asked<'_> {
+    /// Whether it is a connection to a DNS server.
+    fn is_dns(&self) -> bool {
+        matches!(&self.wanted, Wanted::Captured(captured) if captured.is_dns())
+    }
+
     /// Whether it is the agent itself, who looks if connects are captured.
     fn is_probe(&self) -> bool {
         matches!(&self.wanted, Wanted::Captured(captured) if health::is_probe(captured))
@@ -180,6 +210,11 @@ impl Outbound {
             Ok(asked) if asked.is_probe() => {
                 record.discard();
                 return health::answer(&mut downstream).await;
+            }
+            Ok(asked) if asked.is_dns() => {
+                record.discard();
+                door.serve_queries(self, downstream, peer, &asked);
+                return;
             }
             Ok(asked) => tokio::select! {
                 biased;

@@ -8,7 +8,7 @@ mod tests;
 
 use std::{
     fs, io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
@@ -18,15 +18,17 @@ use parking_lot::Mutex;
 use rustls::crypto::SecureRandom;
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _},
-    net::{TcpStream, UdpSocket},
     sync::{Semaphore, mpsc},
     time::{Instant, timeout},
 };
 
-use super::{Query, Transport, message};
+use super::{Query, Transport, message, sockets};
 
 /// How long a server has. Two tries end before resolvers give up: glibc after 5 s.
 const TRY: Duration = Duration::from_secs(2);
+
+/// How long the server has that a captured query was sent to: what glibc waits for it.
+const CAPTURED_TRY: Duration = Duration::from_secs(5);
 
 /// Tries of a query: the second at the next server, if there is one.
 const TRIES: usize = 2;
@@ -199,20 +201,21 @@ impl Forwarder {
         query: &Query<'_>,
         replies: &mpsc::Sender<Vec<u8>>,
     ) -> Result<(), ForwardError> {
-        let servers = match query.server {
-            Some(server) => vec![server],
-            None => self.servers(query.message),
+        // Who was captured asks again by itself, as often and as late as it did before.
+        let (servers, tries, limit) = match query.original {
+            Some(original) => (vec![original.server], 1, CAPTURED_TRY),
+            None => (self.servers(query.message), TRIES, TRY),
         };
         let _permit = self
             .in_flight
             .try_acquire()
             .map_err(|_full| ForwardError::TooMany)?;
         let mut error = ForwardError::NoUpstream;
-        for server in servers.into_iter().cycle().take(TRIES) {
+        for server in servers.into_iter().cycle().take(tries) {
             let transport = query.transport;
             let tried = match transport {
-                Transport::Udp => self.over_udp(query.message, server, replies).await,
-                Transport::Tcp => self.over_tcp(query.message, server, replies).await,
+                Transport::Udp => self.over_udp(query, server, limit, replies).await,
+                Transport::Tcp => self.over_tcp(query, server, limit, replies).await,
             };
             match tried {
                 Ok(()) => return Ok(()),
@@ -246,16 +249,14 @@ impl Forwarder {
 
     async fn over_udp(
         &self,
-        query: &[u8],
+        asking: &Query<'_>,
         server: SocketAddr,
+        patience: Duration,
         replies: &mpsc::Sender<Vec<u8>>,
     ) -> io::Result<()> {
-        let any: IpAddr = match server {
-            SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-        };
+        let query = asking.message;
         // The kernel picks the port at random. Connected, the socket takes only what comes from the server.
-        let socket = UdpSocket::bind((any, 0)).await?;
+        let socket = sockets::datagrams(asking.original, server).await?;
         socket.connect(server).await?;
         let (asked, sent) = self.renumbered(query)?;
         socket.send(&sent).await?;
@@ -271,7 +272,7 @@ impl Forwarder {
                 }
             }
         };
-        let length = timeout(TRY, answered).await??;
+        let length = timeout(patience, answered).await??;
         let answer = if length > limit {
             // No more than the client can take: it comes again over TCP.
             message::truncated(query, true).ok_or(io::ErrorKind::InvalidData)?
@@ -286,13 +287,16 @@ impl Forwarder {
 
     async fn over_tcp(
         &self,
-        query: &[u8],
+        asking: &Query<'_>,
         server: SocketAddr,
+        patience: Duration,
         replies: &mpsc::Sender<Vec<u8>>,
     ) -> io::Result<()> {
+        let query = asking.message;
         let (asked, sent) = self.renumbered(query)?;
         let first = async {
-            let mut stream = TcpStream::connect(server).await?;
+            let socket = sockets::stream(asking.original, server).await?;
+            let mut stream = socket.connect(server).await?;
             stream.set_nodelay(true)?;
             stream.write_all(&framed(&sent)?).await?;
             loop {
@@ -302,7 +306,7 @@ impl Forwarder {
                 }
             }
         };
-        let (mut stream, answer) = timeout(TRY, first).await??;
+        let (mut stream, answer) = timeout(patience, first).await??;
         let mut transfer = message::transfer(query, &answer);
         let _gone = replies.send(message::with_id(answer, asked)).await;
         while let Some(going) = &mut transfer {

@@ -9,9 +9,10 @@ use hickory_proto::{
         rdata::{A, SOA},
     },
 };
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, UdpSocket};
 
 use super::*;
+use crate::dns::Original;
 
 #[test]
 fn servers_are_read_as_resolvers_read_them() {
@@ -101,7 +102,7 @@ async fn ask(
         message: query,
         transport,
         client: ([127, 0, 0, 1], 40_000).into(),
-        server: None,
+        original: None,
     };
     forwarder.exchange(&query, &replies).await?;
     drop(replies);
@@ -252,11 +253,15 @@ async fn names_of_a_domain_that_others_answer_for_go_to_them() {
         message.add_query(Question::query(name.parse().unwrap(), RecordType::A));
         let message = message.to_vec().unwrap();
         let (replies, mut answers) = mpsc::channel(1);
+        let original = server.map(|server| Original {
+            server,
+            sockets: None,
+        });
         let query = Query {
             message: &message,
             transport: Transport::Udp,
             client: ([127, 0, 0, 1], 40_000).into(),
-            server,
+            original: original.as_ref(),
         };
         forwarder.exchange(&query, &replies).await.unwrap();
         let answer = Message::from_vec(&answers.recv().await.unwrap()).unwrap();

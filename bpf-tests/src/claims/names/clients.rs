@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::{dig, dns, with_resolv_conf, write_resolv_conf};
+use super::{LISTENER, dig, dns, with_resolv_conf, write_resolv_conf};
 use crate::{
     claims::{Finding, Size},
     mesh::{Mesh, local, vip},
@@ -18,7 +18,7 @@ pub(super) fn programs_resolve_and_connect(_size: Size) -> Result<Finding> {
     mesh.keep(services::nginx(&place, local(8080), "page of web-1")?);
     dns(&mut mesh.lab.a, "listen = \"127.0.0.1:53\"\nupstreams = []");
     mesh.start()?;
-    let resolv_conf = write_resolv_conf(mesh.shop.directory())?;
+    let resolv_conf = write_resolv_conf(mesh.shop.directory(), LISTENER)?;
     let address = vip(1, 80).ip().to_string();
 
     let getent = ["getent", "ahostsv4", "web.virtual.consul"];

@@ -188,7 +188,7 @@ pub(super) fn names_of_consul_go_on(_size: Size) -> Result<Finding> {
     mesh.start()?;
     let address = mesh.callable("web")?;
 
-    let resolv_conf = write_resolv_conf(mesh.shop.directory())?;
+    let resolv_conf = write_resolv_conf(mesh.shop.directory(), super::LISTENER)?;
     let names = [
         "web.service.consul",
         "web.virtual.consul",

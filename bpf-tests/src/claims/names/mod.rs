@@ -1,5 +1,6 @@
 //! Names that lead to services, answered by the agent, and all others, answered as before.
 
+mod captured;
 mod clients;
 mod consul;
 mod load;
@@ -21,6 +22,8 @@ pub const TOPIC: Topic = Topic {
     ],
     claims: claims! {
         clients::programs_resolve_and_connect: "dig, getent, python and curl resolve a service's name by resolv.conf alone, and their connections reach the service";
+        captured::names_are_known_without_being_told: "with capture.dns and a resolver that exists nowhere, dig, getent, python and curl resolve a service's name, also where there is no route";
+        captured::other_names_come_from_their_server: "with capture.dns, other names get their own server's answers byte for byte, in each namespace from the server there, and at once from it when the agent is killed";
         clients::large_answers_come_whole: "an answer over UDP is no larger than the client takes, and comes whole over TCP";
         clients::nobody_else_gets_an_answer: "who is not allowed to ask gets no answer, and who asks too much gets no more than the limit";
         consul::answers_are_consuls: "for 40 forms of queries, answers are those of Consul 1.8.7, or differ as documented";
@@ -59,9 +62,9 @@ fn with_resolv_conf(workload: &Workload, resolv_conf: &Path, command: &[&str]) -
         .args(command)
 }
 
-fn write_resolv_conf(directory: &Path) -> Result<std::path::PathBuf> {
+fn write_resolv_conf(directory: &Path, server: &str) -> Result<std::path::PathBuf> {
     let file = directory.join("resolv.conf");
-    fs::write(&file, format!("nameserver {LISTENER}\n"))
+    fs::write(&file, format!("nameserver {server}\n"))
         .with_context(|| format!("writing {}", file.display()))?;
     Ok(file)
 }

@@ -8,6 +8,7 @@ use super::{dig, dns};
 use crate::{
     claims::{Finding, Size},
     lab::Lab,
+    namespace::Namespace,
     node::Node,
     program::Running,
     wait::{SOON, wait_for_value},
@@ -16,7 +17,7 @@ use crate::{
 /// Where dnsmasq answers.
 pub(super) const UPSTREAM: &str = "127.0.0.53";
 
-const COMPARE: &str = include_str!("compare.py");
+pub(super) const COMPARE: &str = include_str!("compare.py");
 
 pub(super) fn other_names_are_answered_as_before(size: Size) -> Result<Finding> {
     let queries = size.pick(1000, 10_000);
@@ -96,17 +97,24 @@ pub(super) fn with_upstream(purpose: &str) -> Result<(Lab, Running)> {
         &mut lab.a,
         &format!("listen = \"127.0.0.1:53\"\nupstreams = [\"{UPSTREAM}\"]\nqueries_per_second = 0"),
     );
-    let upstream = dnsmasq(&lab.a)?;
+    let upstream = dnsmasq(&lab.a, lab.a.namespace(), 53, "")?;
     lab.a.start_agent()?;
     lab.a.wait_until_ready()?;
     Ok((lab, upstream))
 }
 
-fn dnsmasq(node: &Node) -> Result<Running> {
-    let file = node.directory().join("dnsmasq.conf");
+/// dnsmasq at this port, in one of the namespaces of `node`, with `more` in its configuration.
+pub(super) fn dnsmasq(
+    node: &Node,
+    namespace: &Namespace,
+    port: u16,
+    more: &str,
+) -> Result<Running> {
+    let name = format!("dnsmasq-{}-{port}", namespace.name());
+    let file = node.directory().join(format!("{name}.conf"));
     let mut text = format!(
         "no-daemon\nuser=root\nno-resolv\nno-hosts\nlisten-address={UPSTREAM}\nbind-interfaces\n\
-         pid-file=\nlocal=/test/\nlocal-ttl=60\nport=53\nedns-packet-max=4096\n\
+         pid-file=\nlocal=/test/\nlocal-ttl=60\nport={port}\n{more}\nedns-packet-max=4096\n\
          txt-record=text.example.test,some text\n\
          mx-host=example.test,mail.example.test,10\nhost-record=mail.example.test,192.0.2.200\n\
          cname=alias.example.test,host1.example.test\n\
@@ -127,16 +135,19 @@ fn dnsmasq(node: &Node) -> Result<Running> {
         ));
     }
     fs::write(&file, text).with_context(|| format!("writing {}", file.display()))?;
-    let log = node.directory().join("dnsmasq.log");
+    let log = node.directory().join(format!("{name}.log"));
     let running = node
         .tool("dnsmasq")?
         .arg(format!("--conf-file={}", file.display()))
+        .in_namespace(namespace)
         .log(&log)
         .spawn()?;
     wait_for_value("dnsmasq to answer", SOON, || {
         let said = node
             .tool("dig")?
             .args([&format!("@{UPSTREAM}"), "+short", "+tries=1", "+timeout=1"])
+            .args(["-p", &port.to_string()])
+            .in_namespace(namespace)
             .arg("host1.example.test")
             .output(SOON)?;
         Ok(said.succeeded().then_some(()))

@@ -1,0 +1,297 @@
+//! Queries that workloads sent to their servers, and that the programs sent here.
+//!
+//! What is ours is answered as everywhere; the rest goes to the very server that it was sent to, from the network
+//! namespace of who asked. The programs let the client see that server as the one who answers.
+
+use std::{
+    collections::HashMap,
+    io,
+    net::{Ipv4Addr, SocketAddr},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use ipnet::{Ipv4Net, Ipv6Net};
+use parking_lot::Mutex;
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    net::TcpStream,
+    sync::Semaphore,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Original, Resolver, Transport,
+    limit::RateLimit,
+    server::{CONNECTIONS_MAX, DATAGRAM_MAX, Gate, PAUSE, Reply, Service},
+    sockets::NamespaceSockets,
+};
+use crate::{
+    datapath::{
+        Backend, Captured, DatapathError, NetnsCookie,
+        netns::{Netns, NetnsError},
+        queries::{QuerySocket, Received},
+    },
+    lifecycle::Shutdown,
+    telemetry::{Telemetry, log::chain, metrics::DnsOutcome},
+};
+
+/// Serves captured queries in every network namespace that is captured in.
+#[derive(Debug)]
+pub struct CapturedQueries {
+    resolver: Arc<Resolver>,
+    queries_per_second: u32,
+    datapath: Arc<Backend>,
+    telemetry: Telemetry,
+    shutdown: Shutdown,
+    /// Whether another agent has taken over: the programs send queries to that one then.
+    replaced: Arc<AtomicBool>,
+    connections: Arc<Semaphore>,
+    namespaces: Mutex<HashMap<NetnsCookie, Arc<Namespace>>>,
+}
+
+/// What serves one namespace.
+#[derive(Debug)]
+struct Namespace {
+    service: Arc<Service>,
+    sockets: Option<Arc<NamespaceSockets>>,
+}
+
+/// The datagrams of one namespace.
+#[derive(Debug)]
+struct Datagrams {
+    cookie: NetnsCookie,
+    namespace: Arc<Namespace>,
+    datapath: Arc<Backend>,
+    replaced: Arc<AtomicBool>,
+    closed: CancellationToken,
+    /// Where datagrams go to that were sent to a loopback address. One never stands for another server.
+    originals: Mutex<HashMap<Ipv4Addr, Arc<Original>>>,
+    socket: AsyncFd<QuerySocket>,
+}
+
+/// Queries in datagrams cannot be captured in a namespace.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureQueriesError {
+    /// Its port cannot be opened.
+    #[error("open port {port} for datagrams on loopback")]
+    Listen {
+        /// `capture.port`.
+        port: u16,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// It cannot be entered.
+    #[error(transparent)]
+    Namespace(#[from] NetnsError),
+    /// The datapath did not take it.
+    #[error("enrol the namespace for queries")]
+    Enrol(#[source] DatapathError),
+}
+
+impl CapturedQueries {
+    /// Serves nowhere yet; see [`Self::open`].
+    pub fn new(
+        resolver: Arc<Resolver>,
+        queries_per_second: u32,
+        datapath: Arc<Backend>,
+        telemetry: Telemetry,
+        shutdown: Shutdown,
+        replaced: Arc<AtomicBool>,
+    ) -> Self {
+        Self {
+            resolver,
+            queries_per_second,
+            datapath,
+            telemetry,
+            shutdown,
+            replaced,
+            connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+            namespaces: Mutex::default(),
+        }
+    }
+
+    /// Serves in a namespace until `closed`, or until draining starts.
+    ///
+    /// # Errors
+    /// If datagrams cannot be captured there; queries over TCP are served all the same.
+    pub fn open(
+        &self,
+        netns: &Netns,
+        cookie: NetnsCookie,
+        port: u16,
+        closed: CancellationToken,
+    ) -> Result<(), CaptureQueriesError> {
+        let is_own = Netns::current()?.identity()? == netns.identity()?;
+        let sockets = (!is_own).then(|| NamespaceSockets::start(netns));
+        let namespace = Arc::new(Namespace {
+            service: Arc::new(Service {
+                resolver: Arc::clone(&self.resolver),
+                gate: Arc::new(Gate {
+                    // Whoever comes here is in the namespace.
+                    allowed: vec![Ipv4Net::default().into(), Ipv6Net::default().into()],
+                    limit: RateLimit::new(self.queries_per_second),
+                }),
+                telemetry: self.telemetry.clone(),
+                shutdown: self.shutdown.clone(),
+            }),
+            sockets: sockets.transpose()?.map(Arc::new),
+        });
+        self.namespaces
+            .lock()
+            .insert(cookie, Arc::clone(&namespace));
+        let failed = |source| CaptureQueriesError::Listen { port, source };
+        let socket = QuerySocket::open(netns, port).map_err(failed)?;
+        #[expect(
+            deprecated,
+            reason = "a QuerySocket keeps its descriptor as long as it lives, which is what its successor asks for"
+        )]
+        let socket = AsyncFd::with_interest(socket, Interest::READABLE).map_err(failed)?;
+        let datagrams = Arc::new(Datagrams {
+            cookie,
+            namespace,
+            datapath: Arc::clone(&self.datapath),
+            replaced: Arc::clone(&self.replaced),
+            closed,
+            originals: Mutex::default(),
+            socket,
+        });
+        self.datapath
+            .enrol_queries(cookie, datagrams.socket.get_ref())
+            .map_err(CaptureQueriesError::Enrol)?;
+        self.shutdown.spawn("captured queries", datagrams.serve());
+        Ok(())
+    }
+
+    /// A namespace is not captured in any more.
+    pub fn close(&self, cookie: NetnsCookie) {
+        self.namespaces.lock().remove(&cookie);
+    }
+
+    /// Serves a captured connection.
+    pub fn serve_connection(&self, stream: TcpStream, client: SocketAddr, captured: &Captured) {
+        let namespace = self
+            .namespaces
+            .lock()
+            .get(&captured.maker.netns)
+            .map(Arc::clone);
+        let permit = Arc::clone(&self.connections).try_acquire_owned();
+        // Dropped, the connection closes.
+        let (Some(namespace), Ok(permit)) = (namespace, permit) else {
+            let metrics = self.telemetry.metrics();
+            return metrics.dns_query(Transport::Tcp, DnsOutcome::Overloaded);
+        };
+        let original = namespace.original(captured.destination);
+        let service = Arc::clone(&namespace.service);
+        let task = service.serve_connection(stream, client, Some(Arc::new(original)), permit);
+        self.shutdown.spawn("dns connection", task);
+    }
+}
+
+impl Namespace {
+    fn original(&self, server: SocketAddr) -> Original {
+        Original {
+            server,
+            sockets: self.sockets.clone(),
+        }
+    }
+}
+
+impl Datagrams {
+    async fn serve(self: Arc<Self>) {
+        let mut buffer = vec![0; DATAGRAM_MAX];
+        let shutdown = self.namespace.service.shutdown.clone();
+        loop {
+            let received = tokio::select! {
+                biased;
+                () = shutdown.draining() => break,
+                () = self.closed.cancelled() => return,
+                received = self.receive(&mut buffer) => received,
+            };
+            match received {
+                Ok(received) => self.take(&buffer, received).await,
+                Err(error) => {
+                    tracing::debug!(%error, "no captured query received");
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
+        }
+        // From now on the programs send queries to the next agent, if there is one, or leave them alone.
+        if !self.replaced.load(Ordering::Acquire)
+            && let Err(error) = self.datapath.dismiss_queries(self.cookie)
+        {
+            tracing::warn!(error = %chain(&error), "queries are captured until this agent ends");
+        }
+        if let Err(error) = self.socket.get_ref().retire() {
+            tracing::warn!(%error, "queries may be lost until this agent ends");
+        }
+        // What came before that, nobody else can read.
+        while let Ok(received) = self.socket.get_ref().receive(&mut buffer) {
+            self.take(&buffer, received).await;
+        }
+    }
+
+    async fn receive(&self, buffer: &mut [u8]) -> io::Result<Received> {
+        loop {
+            let mut ready = self.socket.readable().await?;
+            if let Ok(received) = ready.try_io(|socket| socket.get_ref().receive(buffer)) {
+                return received;
+            }
+        }
+    }
+
+    async fn take(self: &Arc<Self>, buffer: &[u8], received: Received) {
+        let Some(original) = self.original_of(received.stand_in) else {
+            // Nobody was captured: somebody sent it here.
+            return;
+        };
+        let message = buffer.get(..received.length).unwrap_or_default();
+        let reply = FromServer {
+            datagrams: Arc::clone(self),
+            received,
+        };
+        let client = received.client.into();
+        self.namespace
+            .service
+            .serve_datagram(message, client, Some(original), reply)
+            .await;
+    }
+
+    fn original_of(&self, stand_in: Ipv4Addr) -> Option<Arc<Original>> {
+        let mut originals = self.originals.lock();
+        if let Some(known) = originals.get(&stand_in) {
+            return Some(Arc::clone(known));
+        }
+        let server = match self.datapath.server(stand_in) {
+            Ok(server) => server?,
+            Err(error) => {
+                tracing::warn!(error = %chain(&error), "captured query lost");
+                return None;
+            }
+        };
+        let original = Arc::new(self.namespace.original(server));
+        originals.insert(stand_in, Arc::clone(&original));
+        Some(original)
+    }
+}
+
+/// An answer's way to a captured client.
+struct FromServer {
+    datagrams: Arc<Datagrams>,
+    received: Received,
+}
+
+impl Reply for FromServer {
+    async fn send(self, answer: Vec<u8>) {
+        let Received {
+            client, stand_in, ..
+        } = self.received;
+        let socket = self.datagrams.socket.get_ref();
+        if let Err(error) = socket.send(&answer, client, stand_in) {
+            tracing::debug!(%client, %error, "answer not sent");
+        }
+    }
+}
