@@ -28,6 +28,7 @@ use rustix::{
     system::{RebootCommand, finit_module, reboot, uname},
 };
 use serde_json::{Value, json};
+use sidestep::datapath::btf;
 
 /// Where `cargo xtask kernels` packs what is for this program.
 const HERE: &str = "/guest";
@@ -132,7 +133,10 @@ fn missing_features() -> Vec<&'static str> {
 fn load(path: &Path, report: &mut Report) -> Result<bool> {
     let object = path.file_name().unwrap_or_default().to_string_lossy();
     let bytes = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+    // With all that they can do: without, the verifier has less to look at.
+    let interfaces = btf::interfaces().unwrap_or_default();
     let opened = EbpfLoader::new()
+        .override_global("INTERFACES", &interfaces, true)
         .verifier_log_level(VerifierLogLevel::STATS)
         .map_max_entries("VIPS", 64)
         .map_max_entries("ADDRESSES", 64)

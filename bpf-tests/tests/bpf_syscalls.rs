@@ -28,11 +28,11 @@ use sidestep::datapath::{
     bpf::{self, CgroupHook, MapShape},
     load::open_object,
 };
-use sidestep_abi::{Address, KnownAddress};
+use sidestep_abi::{Address, Interfaces, KnownAddress};
 
 /// The object with one program loaded.
 fn object() -> aya::Ebpf {
-    let mut object = open_object(64, 64).unwrap();
+    let mut object = open_object(64, 64, &Interfaces::default()).unwrap();
     connect4(&mut object).load().unwrap();
     object
 }
@@ -160,7 +160,7 @@ fn entries(map: BorrowedFd<'_>) -> Vec<(Address, KnownAddress)> {
 
 #[test]
 fn batches_write_list_and_remove() {
-    let object = open_object(64, 64).unwrap();
+    let object = open_object(64, 64, &Interfaces::default()).unwrap();
     let map = hash(&object).fd().as_fd();
     let mut all: Vec<_> = (0..50).map(element).collect();
     all.sort_by_key(|(address, _)| *address);
@@ -186,7 +186,7 @@ fn batches_write_list_and_remove() {
 
 #[test]
 fn a_map_of_many_batches_is_listed_whole() {
-    let object = open_object(20_000, 64).unwrap();
+    let object = open_object(20_000, 64, &Interfaces::default()).unwrap();
     let map = hash(&object).fd().as_fd();
     let mut all: Vec<_> = (0..20_000).map(element).collect();
     all.sort_by_key(|(address, _)| *address);
@@ -196,7 +196,7 @@ fn a_map_of_many_batches_is_listed_whole() {
 
 #[test]
 fn a_full_map_is_an_error() {
-    let object = open_object(4, 4).unwrap();
+    let object = open_object(4, 4, &Interfaces::default()).unwrap();
     let map = hash(&object).fd().as_fd();
     let all: Vec<_> = (0..5).map(element).collect();
     let error = bpf::map_update_batch(map, &all).unwrap_err();
@@ -205,7 +205,7 @@ fn a_full_map_is_an_error() {
 
 #[test]
 fn a_map_of_another_shape_is_refused() {
-    let object = open_object(64, 64).unwrap();
+    let object = open_object(64, 64, &Interfaces::default()).unwrap();
     let map = hash(&object).fd().as_fd();
     let shape = bpf::map_shape(map).unwrap();
     assert_eq!(

@@ -60,6 +60,16 @@ def ask(s, server):
     except OSError as error:
         return errno.errorcode[error.errno]
     return receive(s)
+def index(interface):
+    return socket.if_nametoindex(interface) if interface else 0
+def pick(s, interface):
+    IP_UNICAST_IF = 50
+    s.setsockopt(socket.IPPROTO_IP, IP_UNICAST_IF, struct.pack('!I', index(interface)))
+def ask_by(s, interface, server, source='0.0.0.0'):
+    IP_PKTINFO, source = 8, socket.inet_aton(source)
+    information = struct.pack('@i4s4s', index(interface), source, bytes(4))
+    s.sendmsg([b'query'], [(socket.IPPROTO_IP, IP_PKTINFO, information)], 0, *filter(None, [server]))
+    return receive(s)
 ";
 
 /// A server as it is without any capture, which says that it is itself.
@@ -429,15 +439,67 @@ fn programs_that_can_log_capture_as_well() {
     assert!(bench.accepted().is_dns());
 }
 
+/// From another interface than loopback no loopback address is reached: such queries would be lost.
+#[test]
+fn who_picks_an_interface_reaches_its_server() {
+    let bench = Bench::new("interface");
+    let said = bench.client(
+        "unicast = udp(); pick(unicast, 'mesh0')
+said['IP_UNICAST_IF'] = ask(unicast, REAL)
+unicast.connect(REAL); unicast.send(b'query')
+said['and connected'] = receive(unicast)
+said['IP_PKTINFO'] = ask_by(udp(), 'mesh0', REAL)
+six = udp(socket.AF_INET6)
+by = (socket.IPPROTO_IPV6, 50, socket.inet_pton(socket.AF_INET6, '::ffff:0.0.0.0') + struct.pack('@i', index('mesh0')))
+six.sendmsg([b'query'], [by], 0, ('::ffff:192.0.2.2', 53))
+said['IPV6_PKTINFO'] = receive(six)
+# As systemd-resolved does it.
+resolved = udp(); pick(resolved, 'mesh0')
+resolved.setsockopt(socket.SOL_SOCKET, 62, index('mesh0'))
+resolved.connect(REAL)
+resolved.setsockopt(socket.SOL_SOCKET, 62, 0)
+resolved.send(b'query')
+said['bound to connect'] = receive(resolved)",
+    );
+    let itself = json!(["the server itself", "192.0.2.2", 53]);
+    let expected = json!({
+        "IP_UNICAST_IF": itself, "and connected": itself, "IP_PKTINFO": itself,
+        "IPV6_PKTINFO": ["the server itself", "::ffff:192.0.2.2", 53], "bound to connect": itself,
+    });
+    assert_eq!(said, expected);
+    assert_eq!(bench.count(Verdict::QueryCaptured), 0);
+    assert_eq!(bench.count(Verdict::QueryPassed), 5);
+}
+
+#[test]
+fn who_picks_loopback_or_none_is_captured() {
+    let bench = Bench::new("loopback");
+    let said = bench.client(
+        "lo = udp(); pick(lo, 'lo')
+said['lo'] = ask(lo, ('127.0.0.53', 53))
+said['by lo'] = ask_by(udp(), 'lo', ('127.0.0.53', 53))
+none = udp(); pick(none, 'mesh0'); pick(none, None)
+said['none'] = ask(none, NOWHERE)
+said['by none'] = ask_by(udp(), None, NOWHERE)
+said['from'] = ask_by(udp(), None, NOWHERE, '192.0.2.1')",
+    );
+    let loopback = json!(["127.0.0.53:53", "127.0.0.53", 53]);
+    let nowhere = json!(["198.51.100.53:53", "198.51.100.53", 53]);
+    let expected = json!({
+        "lo": loopback, "by lo": loopback, "none": nowhere, "by none": nowhere, "from": nowhere,
+    });
+    assert_eq!(said, expected);
+    assert_eq!(bench.count(Verdict::QueryCaptured), 5);
+}
+
 /// What the documentation calls limits. A kernel that does better is good news, and this test says so.
 #[test]
 fn what_harms_is_as_documented() {
     let mut bench = Bench::new("harm");
     let said = bench.client(
-        "chosen = udp()
-index = socket.if_nametoindex('mesh0')
-chosen.setsockopt(socket.IPPROTO_IP, 50, struct.pack('!I', index))
-said['IP_UNICAST_IF'] = ask(chosen, REAL)
+        "late = udp(); late.connect(REAL); late.settimeout(1)
+pick(late, 'mesh0')
+said['picked after connect'] = ask_by(late, 'mesh0', None)
 again = udp(); again.connect(REAL)
 try:
     again.connect(('192.0.2.2', 54))
@@ -445,7 +507,8 @@ except OSError as error:
     said['again'] = errno.errorcode[error.errno]
 said['own'] = again.getsockname()[0]",
     );
-    let expected = json!({"IP_UNICAST_IF": "timeout", "again": "EINVAL", "own": "127.0.0.1"});
+    let expected =
+        json!({"picked after connect": "timeout", "again": "EINVAL", "own": "127.0.0.1"});
     assert_eq!(said, expected);
     bench.stop_listening();
 }

@@ -79,6 +79,9 @@ pub enum DatapathError {
     /// Capture by iptables failed.
     #[error(transparent)]
     Iptables(#[from] super::iptables::IptablesError),
+    /// Queries in datagrams cannot be captured without harm.
+    #[error("capture.dns needs to know which interface a datagram leaves by: set it to false")]
+    Interfaces(#[from] super::btf::BtfError),
     /// No version 2 control groups.
     #[error(transparent)]
     NoCgroup2(#[from] super::cgroup::CgroupError),

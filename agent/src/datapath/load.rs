@@ -12,11 +12,12 @@ use aya::{
     programs::{Program, ProgramError},
 };
 use parking_lot::Mutex;
-use sidestep_abi::{ABI_VERSION, Config};
+use sidestep_abi::{ABI_VERSION, Config, Interfaces};
 
 use super::{
     Datapath, DatapathError, DatapathSettings, Maps,
     bpf::{self, MapShape},
+    btf,
     cgroup::id_of_directory,
     error::{MapOperation, advice_for_load},
     events::{Ring, Rings},
@@ -75,7 +76,9 @@ pub(super) fn load(
         Some(pins) => Some(maps_directory(pins, bytes, sizes)?),
         None => None,
     };
-    let mut object = open(bytes, sizes, kept.as_deref())?;
+    let interfaces = settings.dns_port.map(|_port| btf::interfaces());
+    let interfaces = interfaces.transpose()?.unwrap_or_default();
+    let mut object = open(bytes, sizes, &interfaces, kept.as_deref())?;
     let log = KernelLog::take(&mut object);
     let maps = take_maps(&mut object)?;
     let ring = object
@@ -188,21 +191,28 @@ fn kept_shapes(
     KEPT_MAPS.into_iter().map(shape).collect()
 }
 
-/// Creates the maps; no program is in the kernel yet.
+/// Creates the maps; no program is in the kernel yet. With [`btf::interfaces`] the programs capture queries in
+/// datagrams.
 ///
 /// # Errors
 /// [`DatapathError::NoObject`] or [`DatapathError::Object`].
-pub fn open_object(vips: u32, flows: u32) -> Result<Ebpf, DatapathError> {
-    open(OBJECT, Sizes { vips, flows }, None)
+pub fn open_object(vips: u32, flows: u32, interfaces: &Interfaces) -> Result<Ebpf, DatapathError> {
+    open(OBJECT, Sizes { vips, flows }, interfaces, None)
 }
 
 /// `kept` is the directory whose maps are taken, and where those that it lacks are pinned.
-fn open(object: &[u8], sizes: Sizes, kept: Option<&Path>) -> Result<Ebpf, DatapathError> {
+fn open(
+    object: &[u8],
+    sizes: Sizes,
+    interfaces: &Interfaces,
+    kept: Option<&Path>,
+) -> Result<Ebpf, DatapathError> {
     if object.is_empty() {
         return Err(DatapathError::NoObject);
     }
     let mut loader = EbpfLoader::new();
     loader.verifier_log_level(VerifierLogLevel::STATS);
+    loader.override_global("INTERFACES", interfaces, true);
     for (map, entries) in sizes.each() {
         loader.map_max_entries(map, entries);
     }

@@ -20,6 +20,7 @@ mod heartbeat;
 mod kernel_log;
 mod links;
 pub mod load;
+pub mod btf;
 pub mod queries;
 mod reconcile;
 mod types;

@@ -6,9 +6,12 @@ use std::{
     path::Path,
 };
 
+use sidestep_abi::Interfaces;
+
 use super::{
-    bpf,
+    DatapathError, bpf,
     bpf::CgroupHook,
+    btf,
     cgroup::Cgroup2,
     iptables::{self, Choice},
     links::{self, ORIGINAL_DST, QUERIES, WORKLOAD_PROGRAMS},
@@ -130,29 +133,44 @@ fn kernel() -> Finding {
 
 /// Loads each program: the one probe that cannot be wrong.
 fn programs() -> Vec<Finding> {
-    let mut object = match load::open_object(16, 16) {
+    let mut object = match load::open_object(16, 16, &Interfaces::default()) {
         Ok(object) => object,
         Err(error) => return vec![fail("eBPF object", chain(&error).to_string(), "")],
     };
-    let names = WORKLOAD_PROGRAMS
-        .iter()
-        .chain(&QUERIES)
-        .chain(std::iter::once(&ORIGINAL_DST));
-    names
-        .map(|hooked| {
-            let name = format!("eBPF program {}", hooked.program);
-            match load::load_program(&mut object, hooked.program) {
-                Ok(_program) => ok(name, "loads"),
-                Err(error) if hooked.program == ORIGINAL_DST.program => finding(
-                    name,
-                    Status::Warn,
-                    chain(&error).to_string(),
-                    "capture.so_original_dst cannot be used",
-                ),
-                Err(error) => fail(name, chain(&error).to_string(), ""),
-            }
-        })
-        .collect()
+    let names = WORKLOAD_PROGRAMS.iter().chain([&ORIGINAL_DST]);
+    let findings = names.map(|hooked| {
+        let name = format!("eBPF program {}", hooked.program);
+        match load::load_program(&mut object, hooked.program) {
+            Ok(_program) => ok(name, "loads"),
+            Err(error) if hooked.program == ORIGINAL_DST.program => finding(
+                name,
+                Status::Warn,
+                chain(&error).to_string(),
+                "capture.so_original_dst cannot be used",
+            ),
+            Err(error) => fail(name, chain(&error).to_string(), ""),
+        }
+    });
+    findings.chain([queries()]).collect()
+}
+
+/// The same with what captures DNS queries.
+fn queries() -> Finding {
+    let load = |interfaces| {
+        let mut object = load::open_object(16, 16, &interfaces)?;
+        for hooked in QUERIES.iter().chain(&WORKLOAD_PROGRAMS) {
+            let _program = load::load_program(&mut object, hooked.program)?;
+        }
+        Ok(())
+    };
+    let interfaces = btf::interfaces().map_err(DatapathError::from);
+    match interfaces.and_then(load) {
+        Ok(()) => ok("capture.dns", "its programs load"),
+        Err(error) => {
+            let said = chain(&error).to_string();
+            finding("capture.dns", Status::Warn, said, "it cannot be used")
+        }
+    }
 }
 
 fn own_cgroup(cgroups: &Cgroup2, configured: Option<&Path>) -> Finding {

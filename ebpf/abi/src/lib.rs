@@ -22,8 +22,8 @@ mod user;
 pub use address::{Address, PortBe};
 pub use decision::{Class, Facts, Found, Ranges, classify, decide, loopback_spread, may_fall_back};
 pub use maps::{
-    Away, Config, Fallback, FlowKey, Heartbeat, KnownAddress, ListenerKey, Origin, Refusal, Role,
-    Server, Target, VipKey, VipValue,
+    Away, Config, Fallback, FlowKey, Heartbeat, Interfaces, KnownAddress, ListenerKey, Origin,
+    Refusal, Role, Server, Target, VipKey, VipValue,
 };
 pub use query::{DNS_PORT, QueryFacts, decide_query, may_stand_in, stand_in};
 pub use verdict::{FlowEvent, Verdict};

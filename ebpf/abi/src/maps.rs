@@ -410,6 +410,21 @@ pub struct Config {
     pub dns_port: u32,
 }
 
+/// Where the running kernel keeps, in its own structures, which interface a datagram is to leave by: no helper tells.
+/// Constants of the programs, which the agent sets as it loads them.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Interfaces {
+    /// `IP_UNICAST_IF` in a socket: `uc_index` of `struct inet_sock`. 0 if queries in datagrams are not captured.
+    pub socket: u32,
+    /// What is known of the datagram, in a program's context: `t_ctx` of `struct bpf_sock_addr_kern`, which points to
+    /// the `addr` of a `struct ipcm_cookie`.
+    pub context: u32,
+    /// The interface, from there: `oif` of that structure. What the socket is bound to, or what came with the datagram
+    /// (`IP_PKTINFO`).
+    pub message: u32,
+}
+
 /// A record of the ring buffer `REFUSALS`: a connect that was refused.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -472,5 +487,6 @@ assert_layout! {
     Origin: 104, 8;
     crate::Ranges: 40, 4;
     Config: 64, 8;
+    Interfaces: 12, 4;
     Refusal: 64, 8;
 }

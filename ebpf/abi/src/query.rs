@@ -48,10 +48,10 @@ pub const fn decide_query(facts: &QueryFacts) -> Option<Verdict> {
     }
 }
 
-/// Whether a datagram to `server`, of this class, from a socket that is bound to this device (0 for none), can go to
-/// a loopback address instead: IPv6 has but one of those, and from another device none is reached.
+/// Whether a datagram to `server`, of this class, for which the caller has picked this device (0 for none), can go to a
+/// loopback address instead: IPv6 has but one of those, and by another device none is reached.
 #[inline(always)]
-pub const fn may_stand_in(server: &Address, class: Class, bound_device: u32) -> bool {
+pub const fn may_stand_in(server: &Address, class: Class, device: u32) -> bool {
     /// The index of `lo` in every network namespace.
     const LOOPBACK_DEVICE: u32 = 1;
     let Some(word) = server.v4_word() else {
@@ -59,7 +59,7 @@ pub const fn may_stand_in(server: &Address, class: Class, bound_device: u32) -> 
     };
     // 0.0.0.0 means this host; from 224.0.0.0 on are multicast, class E and broadcast.
     let is_unicast = word != 0 && u32::from_be(word) >> 29 != 0b111;
-    is_unicast && bound_device <= LOOPBACK_DEVICE && !matches!(class, Class::VipRange)
+    is_unicast && device <= LOOPBACK_DEVICE && !matches!(class, Class::VipRange)
 }
 
 /// The loopback address that stands for a server, in network byte order: the one of this attempt, since another server

@@ -3,8 +3,8 @@
 #![expect(unsafe_code, reason = "a promise about layouts, which `maps` asserts")]
 
 use crate::{
-    Address, Config, Fallback, FlowKey, Heartbeat, KnownAddress, ListenerKey, Origin, Refusal,
-    Server, VipKey, VipValue,
+    Address, Config, Fallback, FlowKey, Heartbeat, Interfaces, KnownAddress, ListenerKey, Origin,
+    Refusal, Server, VipKey, VipValue,
 };
 
 macro_rules! pod {
@@ -22,6 +22,7 @@ pod!(
     Fallback,
     FlowKey,
     Heartbeat,
+    Interfaces,
     KnownAddress,
     ListenerKey,
     Origin,

@@ -19,6 +19,7 @@ mod connect6;
 mod connect;
 mod sock_ops;
 mod query;
+mod interface;
 mod sendmsg4;
 mod recvmsg4;
 mod recvmsg6;

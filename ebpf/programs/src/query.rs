@@ -6,7 +6,7 @@ use sidestep_abi::{
     Verdict, classify, decide_query, may_stand_in, stand_in,
 };
 
-use crate::{connect::is_agent, context::SockAddr, maps, report};
+use crate::{connect::is_agent, context::SockAddr, interface, maps, report};
 
 /// Servers that may have the same address at first.
 const ATTEMPTS: u16 = 4;
@@ -44,10 +44,7 @@ pub fn look_up(listener: &ListenerKey, can_capture: bool) -> QueryFacts {
 /// an option, whose payload would be undefined in one case.
 #[inline(always)]
 pub fn redirect(context: SockAddr, server: &Address, rewritten: &mut (Address, PortBe)) -> bool {
-    let device = match context.socket() {
-        Some(socket) => socket.bound_device(),
-        None => 0,
-    };
+    let device = interface::picked(context);
     let class = match maps::config() {
         Some(config) => classify(server, &config.ranges),
         None => Class::VipRange,
