@@ -10,7 +10,8 @@
 )]
 
 use std::{
-    net::SocketAddr,
+    collections::HashSet,
+    net::{Ipv4Addr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -29,10 +30,10 @@ use bpf_tests::{
 use serde_json::{Value, json};
 use sidestep::{
     datapath::{
-        Captured, Datapath, DatapathSettings, Verdict, VipRanges,
+        Captured, Datapath, DatapathError, DatapathSettings, Verdict, VipRanges,
         listener::{self, CaptureListeners},
         netns::Netns,
-        queries::QuerySocket,
+        queries::{QuerySocket, SweepLimits},
     },
     sockets::ListeningSockets,
 };
@@ -437,6 +438,80 @@ fn programs_that_can_log_capture_as_well() {
     assert_eq!(said["answer"][1], "198.51.100.53");
     bench.client("s = socket.socket(); s.connect(NOWHERE)");
     assert!(bench.accepted().is_dns());
+}
+
+/// What the agent looks up every minute: only here it need not be crowded, nor long ago.
+fn sweep(bench: &Bench) -> usize {
+    let limits = SweepLimits {
+        room: 0,
+        idle: Duration::ZERO,
+        grace: Duration::ZERO,
+    };
+    let connected = || Ok::<_, DatapathError>(connected(bench));
+    bench.datapath.sweep_servers(limits, connected).unwrap()
+}
+
+/// Where sockets of the workloads' namespace are connected to that wait for answers to queries.
+fn connected(bench: &Bench) -> HashSet<Ipv4Addr> {
+    let table = bench
+        .netns()
+        .run(|| std::fs::read_to_string("/proc/thread-self/net/udp"));
+    let port = format!("{PORT:04X}");
+    let address = |line: &str| {
+        let (word, of_port) = line.split_whitespace().nth(2)?.split_once(':')?;
+        let word = u32::from_str_radix(word, 16).ok()?;
+        (of_port == port).then_some(Ipv4Addr::from_bits(u32::from_be(word)))
+    };
+    let table = table.unwrap().unwrap();
+    table.lines().skip(1).filter_map(address).collect()
+}
+
+#[test]
+fn only_a_server_that_nobody_is_connected_to_loses_its_address() {
+    let bench = Bench::new("sweep");
+    let [go_on, log] = ["go-on", "held"].map(|name| bench.scratch.directory().join(name));
+    let hold = format!(
+        "{PRELUDE}
+import os, time
+s = udp(); s.connect(OTHER)
+print('connected', flush=True)
+while not os.path.exists('{}'): time.sleep(0.01)
+s.send(b'query')
+print(receive(s)[0], flush=True)",
+        go_on.display()
+    );
+    let mut held = Program::new("python3")
+        .args(["-c", &hold])
+        .in_cgroup(&bench.workload)
+        .in_namespace(&bench.namespace)
+        .log(&log)
+        .spawn()
+        .unwrap();
+    let heard = || std::fs::read_to_string(&log).unwrap_or_default();
+    wait_for("a connected socket", SOON, || heard().contains("connected")).unwrap();
+    let asks = || bench.client("said['answer'] = ask(udp(), NOWHERE)")["answer"].clone();
+    let answer = json!(["198.51.100.53:53", "198.51.100.53", 53]);
+    assert_eq!(asks(), answer);
+    assert_eq!(bench.datapath.servers().unwrap(), 2);
+    // Retired: what is asked from now on goes by another address.
+    assert_eq!(sweep(&bench), 0);
+    assert_eq!(asks(), answer);
+    assert_eq!(bench.datapath.servers().unwrap(), 3);
+    assert_eq!(sweep(&bench), 1);
+    assert_eq!(sweep(&bench), 1);
+    assert_eq!(bench.datapath.servers().unwrap(), 1);
+    assert_eq!(asks(), answer);
+    std::fs::write(&go_on, "").unwrap();
+    held.wait(SOON).unwrap();
+    assert!(heard().contains("203.0.113.53:53"), "{}", heard());
+    // Its socket has gone with it.
+    let mut freed = 0;
+    wait_for("all to go", SOON, || {
+        freed += sweep(&bench);
+        freed == 2
+    })
+    .unwrap();
+    assert_eq!(bench.datapath.servers().unwrap(), 0);
 }
 
 /// From another interface than loopback no loopback address is reached: such queries would be lost.

@@ -1,6 +1,7 @@
 //! The two ways of capturing, behind one face: eBPF programs, or iptables rules where these cannot be used.
 
 use std::{
+    collections::HashSet,
     net::{Ipv4Addr, SocketAddr},
     os::fd::BorrowedFd,
     path::PathBuf,
@@ -11,8 +12,11 @@ use sidestep_abi::{FlowEvent, Verdict};
 
 use super::{
     Attachment, Captured, Datapath, DatapathError, NetnsCookie, Reconciled, RefusedEvents,
-    Undesired, VipTargets, iptables::Iptables, listener::CaptureListeners, netns::Netns,
-    queries::QuerySocket,
+    Undesired, VipTargets,
+    iptables::Iptables,
+    listener::CaptureListeners,
+    netns::Netns,
+    queries::{QuerySocket, SweepLimits},
 };
 
 /// What captures on this node. The order of calls is that of [`Datapath::load`].
@@ -203,6 +207,32 @@ impl Backend {
         match self {
             Self::Programs(programs) => programs.server(stand_in),
             Self::Rules(_) => Ok(None),
+        }
+    }
+
+    /// See [`Datapath::servers`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn servers(&self) -> Result<usize, DatapathError> {
+        match self {
+            Self::Programs(programs) => programs.servers(),
+            Self::Rules(_) => Ok(0),
+        }
+    }
+
+    /// See [`Datapath::sweep_servers`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn sweep_servers<E: From<DatapathError>>(
+        &self,
+        limits: SweepLimits,
+        connected: impl FnOnce() -> Result<HashSet<Ipv4Addr>, E>,
+    ) -> Result<usize, E> {
+        match self {
+            Self::Programs(programs) => programs.sweep_servers(limits, connected),
+            Self::Rules(_) => Ok(0),
         }
     }
 

@@ -9,13 +9,15 @@
 )]
 
 use std::{
+    collections::HashSet,
     io,
     net::{Ipv4Addr, SocketAddr, SocketAddrV4},
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, RawFd},
     ptr::{from_mut, from_ref},
+    time::Duration,
 };
 
-use sidestep_abi::{ListenerKey, Server};
+use sidestep_abi::{ListenerKey, MAX_SERVERS, Server};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{
@@ -128,15 +130,126 @@ impl Datapath {
             .map_err(|source| DatapathError::map("LISTENERS", MapOperation::Delete, source))
     }
 
-    /// The server that a loopback address stands for. It never stands for another.
+    /// The server that a loopback address stands for.
     ///
     /// # Errors
     /// [`DatapathError::Map`] if the kernel refuses to answer.
     pub fn server(&self, stand_in: Ipv4Addr) -> Result<Option<SocketAddr>, DatapathError> {
-        let key = stand_in.to_bits().to_be();
-        let server = bpf::map_lookup::<u32, Server>(self.maps.servers.as_fd(), &key)
+        let word = stand_in.to_bits().to_be();
+        let read = || {
+            bpf::map_lookup::<u32, Server>(self.maps.servers.as_fd(), &word)
+                .map_err(|source| DatapathError::map("SERVERS", MapOperation::Read, source))
+        };
+        let mut found = read()?;
+        if found.is_some_and(|server| !server.is_for(word)) {
+            // It was taken away while it was read.
+            found = read()?;
+        }
+        let whole = found.filter(|server| server.is_for(word));
+        Ok(whole.map(|server| socket_address(&server.address, server.port)))
+    }
+
+    /// How many servers have a loopback address that stands for them.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`] if the kernel refuses to answer.
+    pub fn servers(&self) -> Result<usize, DatapathError> {
+        self.all_servers().map(|servers| servers.len())
+    }
+
+    /// Takes their loopback addresses away from servers that nobody asks any more, where `limits` say so: in one call
+    /// an address is retired, in a later one it is free. `connected` gives the addresses to which sockets are
+    /// connected now, and is only called if it matters. Returns how many are free now.
+    ///
+    /// # Errors
+    /// [`DatapathError::Map`] if the kernel refuses; what `connected` says, by its own error.
+    pub fn sweep_servers<E: From<DatapathError>>(
+        &self,
+        limits: SweepLimits,
+        connected: impl FnOnce() -> Result<HashSet<Ipv4Addr>, E>,
+    ) -> Result<usize, E> {
+        let servers = self.all_servers()?;
+        let crowded = servers.len() > limits.room;
+        if !crowded && servers.iter().all(|(_, server)| server.retired == 0) {
+            return Ok(0);
+        }
+        let connected = connected()?;
+        let now = bpf::monotonic_now();
+        let now_ns = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
+        let map = self.maps.servers.as_fd();
+        let mut freed = 0;
+        for (word, server) in servers {
+            let connected = connected.contains(&Ipv4Addr::from_bits(u32::from_be(word)));
+            let retire =
+                |retired| bpf::map_update(map, &word, &server.with_retired(word, retired, now_ns));
+            let written = match fate(&server, connected, crowded, now, limits) {
+                Fate::Stays => Ok(()),
+                Fate::Retires => retire(true),
+                Fate::Returns => retire(false),
+                Fate::Goes => bpf::map_delete(map, &word).map(|gone| freed += usize::from(gone)),
+            };
+            written.map_err(|source| DatapathError::map("SERVERS", MapOperation::Write, source))?;
+        }
+        Ok(freed)
+    }
+
+    /// Those that are whole: what changes just now is seen the next time.
+    fn all_servers(&self) -> Result<Vec<(u32, Server)>, DatapathError> {
+        let mut servers = bpf::map_entries::<u32, Server>(self.maps.servers.as_fd())
             .map_err(|source| DatapathError::map("SERVERS", MapOperation::Read, source))?;
-        Ok(server.map(|server| socket_address(&server.address, server.port)))
+        servers.retain(|(word, server)| server.is_for(*word));
+        Ok(servers)
+    }
+}
+
+/// When servers lose their loopback addresses.
+#[derive(Debug, Clone, Copy)]
+pub struct SweepLimits {
+    /// Not while there are no more servers than this.
+    pub room: usize,
+    /// Not before nobody was sent there for so long: an answer may be on its way to a socket that is not connected.
+    pub idle: Duration,
+    /// Retired for so long, until what a program has decided meanwhile is seen.
+    pub grace: Duration,
+}
+
+impl Default for SweepLimits {
+    /// Half of the room there is, an hour, and half a minute.
+    fn default() -> Self {
+        Self {
+            room: usize::try_from(MAX_SERVERS / 2).unwrap_or(usize::MAX),
+            idle: Duration::from_secs(3600),
+            grace: Duration::from_secs(30),
+        }
+    }
+}
+
+/// What becomes of a server's loopback address in a sweep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Stays,
+    /// Programs send nobody there any more; what was sent still comes from its server.
+    Retires,
+    /// Somebody connected to it while it was being retired.
+    Returns,
+    /// It may come to stand for another.
+    Goes,
+}
+
+/// `connected`: whether a socket is; `crowded`: whether there are more servers than `limits` leave alone.
+fn fate(
+    server: &Server,
+    connected: bool,
+    crowded: bool,
+    now: Duration,
+    limits: SweepLimits,
+) -> Fate {
+    let since = now.saturating_sub(Duration::from_nanos(server.used_ns));
+    match (server.retired != 0, connected) {
+        (true, true) => Fate::Returns,
+        (true, false) if since >= limits.grace => Fate::Goes,
+        (false, false) if crowded && since >= limits.idle => Fate::Retires,
+        (true | false, false) | (false, true) => Fate::Stays,
     }
 }
 
@@ -271,4 +384,39 @@ const AF_INET: libc::sa_family_t = libc::AF_INET as libc::sa_family_t;
 #[expect(clippy::cast_possible_truncation, reason = "a few bytes")]
 const fn length_of<T>() -> u32 {
     size_of::<T>() as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use sidestep_abi::{Address, DNS_PORT};
+
+    use super::*;
+
+    #[test]
+    fn only_what_was_retired_and_is_not_in_use_goes() {
+        let limits = SweepLimits {
+            room: 0,
+            idle: Duration::from_secs(100),
+            grace: Duration::from_secs(10),
+        };
+        let now = Duration::from_secs(1000);
+        for (retired, seconds, connected, crowded, expected) in [
+            (false, 99, false, true, Fate::Stays),
+            (false, 100, false, true, Fate::Retires),
+            (false, 100, false, false, Fate::Stays),
+            (false, 100, true, true, Fate::Stays),
+            (true, 9, false, true, Fate::Stays),
+            (true, 10, false, true, Fate::Goes),
+            (true, 10, false, false, Fate::Goes),
+            (true, 10, true, true, Fate::Returns),
+            (true, 0, true, false, Fate::Returns),
+        ] {
+            let then = now.saturating_sub(Duration::from_secs(seconds));
+            let then = u64::try_from(then.as_nanos()).unwrap();
+            let server = Server::new(7, Address::LOOPBACK_V6, DNS_PORT, 0);
+            let server = server.with_retired(7, retired, then);
+            let found = fate(&server, connected, crowded, now, limits);
+            assert_eq!(found, expected, "{server:?} {connected} {crowded}");
+        }
+    }
 }

@@ -4,13 +4,14 @@
 //! namespace of who asked. The programs let the client see that server as the one who answers.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     io,
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 use ipnet::{Ipv4Net, Ipv6Net};
@@ -32,11 +33,16 @@ use crate::{
     datapath::{
         Backend, Captured, DatapathError, NetnsCookie,
         netns::{Netns, NetnsError},
-        queries::{QuerySocket, Received},
+        queries::{QuerySocket, Received, SweepLimits},
     },
     lifecycle::Shutdown,
+    sock_diag::{SockDiag, SockDiagError},
     telemetry::{Telemetry, log::chain, metrics::DnsOutcome},
 };
+
+/// How often servers are looked through that nobody asks any more. An address that is retired in one round is free in
+/// the next: long enough for what a program has decided meanwhile to be seen.
+const SWEEP: Duration = Duration::from_secs(60);
 
 /// Serves captured queries in every network namespace that is captured in.
 #[derive(Debug)]
@@ -57,6 +63,10 @@ pub struct CapturedQueries {
 struct Namespace {
     service: Arc<Service>,
     sockets: Option<Arc<NamespaceSockets>>,
+    /// Tells which of its sockets are connected to loopback addresses that stand for servers.
+    clients: SockDiag,
+    /// Whether queries in datagrams are captured too.
+    datagrams: AtomicBool,
 }
 
 /// The datagrams of one namespace.
@@ -67,8 +77,6 @@ struct Datagrams {
     datapath: Arc<Backend>,
     replaced: Arc<AtomicBool>,
     closed: CancellationToken,
-    /// Where datagrams go to that were sent to a loopback address. One never stands for another server.
-    originals: Mutex<HashMap<Ipv4Addr, Arc<Original>>>,
     socket: AsyncFd<QuerySocket>,
 }
 
@@ -87,9 +95,30 @@ pub enum CaptureQueriesError {
     /// It cannot be entered.
     #[error(transparent)]
     Namespace(#[from] NetnsError),
+    /// Its sockets cannot be asked for.
+    #[error("open a socket for sock_diag(7)")]
+    Clients(#[source] io::Error),
     /// The datapath did not take it.
     #[error("enrol the namespace for queries")]
     Enrol(#[source] DatapathError),
+}
+
+/// Servers that nobody asks any more keep their loopback addresses.
+#[derive(Debug, thiserror::Error)]
+enum SweepError {
+    #[error(transparent)]
+    Datapath(#[from] DatapathError),
+    #[error(transparent)]
+    Clients(#[from] SockDiagError),
+}
+
+/// How captured queries are served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Served {
+    /// Namespaces in which queries over TCP are captured.
+    pub namespaces: usize,
+    /// Those of them in which queries over UDP are captured too.
+    pub datagrams: usize,
 }
 
 impl CapturedQueries {
@@ -139,6 +168,10 @@ impl CapturedQueries {
                 shutdown: self.shutdown.clone(),
             }),
             sockets: sockets.transpose()?.map(Arc::new),
+            clients: netns
+                .run(SockDiag::open)?
+                .map_err(CaptureQueriesError::Clients)?,
+            datagrams: AtomicBool::new(false),
         });
         self.namespaces
             .lock()
@@ -156,14 +189,62 @@ impl CapturedQueries {
             datapath: Arc::clone(&self.datapath),
             replaced: Arc::clone(&self.replaced),
             closed,
-            originals: Mutex::default(),
             socket,
         });
         self.datapath
             .enrol_queries(cookie, datagrams.socket.get_ref())
             .map_err(CaptureQueriesError::Enrol)?;
+        let namespace = &datagrams.namespace;
+        namespace.datagrams.store(true, Ordering::Relaxed);
         self.shutdown.spawn("captured queries", datagrams.serve());
         Ok(())
+    }
+
+    /// Takes their loopback addresses away from servers that nobody asks any more, until draining starts.
+    pub fn sweep(self: &Arc<Self>, port: u16) {
+        let (queries, shutdown) = (Arc::clone(self), self.shutdown.clone());
+        self.shutdown.spawn("dns servers", async move {
+            loop {
+                tokio::select! {
+                    biased;
+                    () = shutdown.draining() => return,
+                    () = tokio::time::sleep(SWEEP) => {}
+                }
+                match queries.sweep_once(port) {
+                    Ok(0) => {}
+                    Ok(freed) => tracing::info!(freed, "forgot DNS servers that nobody asks"),
+                    Err(error) => {
+                        tracing::warn!(error = %chain(&error), "DNS servers not looked through");
+                    }
+                }
+            }
+        });
+    }
+
+    fn sweep_once(&self, port: u16) -> Result<usize, SweepError> {
+        self.datapath.sweep_servers(SweepLimits::default(), || {
+            let namespaces: Vec<_> = self.namespaces.lock().values().map(Arc::clone).collect();
+            let mut connected = HashSet::new();
+            for namespace in namespaces {
+                let peers = namespace.clients.udp_peers(port)?.into_iter();
+                connected.extend(peers.filter_map(|peer| match peer {
+                    IpAddr::V4(stand_in) => Some(stand_in),
+                    IpAddr::V6(_) => None,
+                }));
+            }
+            Ok(connected)
+        })
+    }
+
+    /// Where queries are captured.
+    pub fn served(&self) -> Served {
+        let namespaces = self.namespaces.lock();
+        let datagrams = namespaces.values();
+        let datagrams = datagrams.filter(|namespace| namespace.datagrams.load(Ordering::Relaxed));
+        Served {
+            namespaces: namespaces.len(),
+            datagrams: datagrams.count(),
+        }
     }
 
     /// A namespace is not captured in any more.
@@ -261,20 +342,13 @@ impl Datagrams {
     }
 
     fn original_of(&self, stand_in: Ipv4Addr) -> Option<Arc<Original>> {
-        let mut originals = self.originals.lock();
-        if let Some(known) = originals.get(&stand_in) {
-            return Some(Arc::clone(known));
-        }
-        let server = match self.datapath.server(stand_in) {
-            Ok(server) => server?,
+        match self.datapath.server(stand_in) {
+            Ok(server) => server.map(|server| Arc::new(self.namespace.original(server))),
             Err(error) => {
                 tracing::warn!(error = %chain(&error), "captured query lost");
-                return None;
+                None
             }
-        };
-        let original = Arc::new(self.namespace.original(server));
-        originals.insert(stand_in, Arc::clone(&original));
-        Some(original)
+        }
     }
 }
 

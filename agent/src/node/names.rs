@@ -37,14 +37,16 @@ pub(super) fn captured(
     );
     let resolver = Arc::new(looking_up(resolver, consul));
     resolver.follow(common.in_kernel.clone(), &common.shutdown);
-    Some(Arc::new(CapturedQueries::new(
+    let queries = Arc::new(CapturedQueries::new(
         resolver,
         config.dns.queries_per_second,
         Arc::clone(datapath),
         common.telemetry.clone(),
         common.shutdown.clone(),
         Arc::clone(&common.replaced),
-    )))
+    ));
+    queries.sweep(config.capture.port);
+    Some(queries)
 }
 
 /// Looks services up in Consul that the catalog has not, if there is one.

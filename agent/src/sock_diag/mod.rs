@@ -1,14 +1,17 @@
 //! Whose a TCP socket is: its cgroup and its user, asked of the kernel by `sock_diag(7)`.
 //!
-//! For what can be known of a socket only from outside: the other end of a connection that came over loopback, and
-//! who listens. A [`SockDiag`] sees one network namespace, the one in which it was opened; for another one use
-//! [`Netns::run`](crate::datapath::netns::Netns::run) with [`SockDiag::open`].
+//! For what can be known of a socket only from outside: the other end of a connection that came over loopback, who
+//! listens, and where UDP sockets are connected to. A [`SockDiag`] sees one network namespace, the one in which it was
+//! opened; for another one use [`Netns::run`](crate::datapath::netns::Netns::run) with [`SockDiag::open`].
 //!
 //! Calls block, but wait for nobody: the kernel has answered when the request is sent.
 
 pub(crate) mod wire;
 
-use std::{io, net::SocketAddr};
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+};
 
 use parking_lot::Mutex;
 use wire::{Described, Family, SOCK_DIAG_BY_FAMILY};
@@ -92,15 +95,30 @@ impl SockDiag {
     pub fn listeners(&self) -> Result<Vec<(SocketAddr, SocketOwner)>, SockDiagError> {
         let mut listeners = Vec::new();
         for family in [Family::V4, Family::V6] {
-            let sockets =
-                listening(&mut self.0.lock(), family).map_err(asking("listening sockets"))?;
-            for socket in sockets {
+            let request = wire::all_listening(family);
+            let sockets = dump(&mut self.0.lock(), &request);
+            for socket in sockets.map_err(asking("listening sockets"))? {
                 if let Some(owner) = owner(&socket)? {
                     listeners.push((socket.local, owner));
                 }
             }
         }
         Ok(listeners)
+    }
+
+    /// Where all UDP sockets are connected to that are connected to this port.
+    ///
+    /// # Errors
+    /// [`SockDiagError`].
+    pub fn udp_peers(&self, port: u16) -> Result<Vec<IpAddr>, SockDiagError> {
+        let mut peers = Vec::new();
+        for family in [Family::V4, Family::V6] {
+            let request = wire::all_connected(family, port);
+            let sockets = dump(&mut self.0.lock(), &request);
+            let sockets = sockets.map_err(asking("UDP sockets"))?.into_iter();
+            peers.extend(sockets.map(|socket| socket.remote.ip()));
+        }
+        Ok(peers)
     }
 }
 
@@ -132,9 +150,8 @@ fn exact(
     }
 }
 
-fn listening(requests: &mut Requests, family: Family) -> io::Result<Vec<Described>> {
-    let request = wire::all_listening(family);
-    requests.send(SOCK_DIAG_BY_FAMILY, netlink::DUMP, &request)?;
+fn dump(requests: &mut Requests, request: &[u8]) -> io::Result<Vec<Described>> {
+    requests.send(SOCK_DIAG_BY_FAMILY, netlink::DUMP, request)?;
     let mut sockets = Vec::new();
     loop {
         for answer in requests.receive()? {

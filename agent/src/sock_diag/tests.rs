@@ -1,5 +1,5 @@
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream, UdpSocket},
     os::{fd::AsRawFd, unix::fs::MetadataExt as _},
 };
 
@@ -193,4 +193,21 @@ fn who_only_tries_to_connect_is_not_taken_for_who_did() {
     let found = exact(&mut sockets.0.lock(), second, remote).unwrap();
     assert!(!found.unwrap().is_connected());
     assert_eq!(sockets.socket_of(second, remote).unwrap(), None);
+}
+
+#[test]
+fn udp_sockets_are_found_by_the_port_they_are_connected_to() {
+    let sockets = SockDiag::open().unwrap();
+    let server = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let port = server.local_addr().unwrap().port();
+    assert_eq!(sockets.udp_peers(port).unwrap(), Vec::<IpAddr>::new());
+    let (one, other) = (Ipv4Addr::new(127, 9, 8, 7), Ipv4Addr::new(127, 9, 8, 6));
+    let plain = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+    plain.connect((one, port)).unwrap();
+    let mapped = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).unwrap();
+    mapped.connect((other.to_ipv6_mapped(), port)).unwrap();
+    let found = sockets.udp_peers(port).unwrap();
+    assert_eq!(found, [IpAddr::from(one), IpAddr::from(other)]);
+    drop(plain);
+    assert_eq!(sockets.udp_peers(port).unwrap(), [IpAddr::from(other)]);
 }

@@ -9,11 +9,12 @@ pub(super) const SOCK_DIAG_BY_FAMILY: u16 = 20;
 /// `INET_DIAG_CGROUP_ID` of `include/uapi/linux/inet_diag.h`. Kernel 5.9; it is always sent.
 const CGROUP_ID: u16 = 21;
 /// `enum` of `include/net/tcp_states.h`.
+const ESTABLISHED: u8 = 1;
 const SYN_SENT: u8 = 2;
 const TIME_WAIT: u8 = 6;
 pub(super) const LISTEN: u8 = 10;
 
-/// The two families that TCP is over.
+/// The two families that TCP and UDP are over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Family {
     V4,
@@ -62,19 +63,33 @@ pub(super) fn exact(local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
         SocketAddr::V4(_) => Family::V4,
         SocketAddr::V6(_) => Family::V6,
     };
-    request(family, u32::MAX, local, remote)
+    request(family, TCP, u32::MAX, local, remote)
 }
 
 /// Asks for all TCP sockets of a family that listen.
 pub(super) fn all_listening(family: Family) -> Vec<u8> {
     let any = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
-    request(family, 1 << LISTEN, any, any)
+    request(family, TCP, 1 << LISTEN, any, any)
 }
 
+/// Asks for all UDP sockets of a family that are connected to this port.
+pub(super) fn all_connected(family: Family, port: u16) -> Vec<u8> {
+    let any = |port| SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
+    request(family, UDP, 1 << ESTABLISHED, any(0), any(port))
+}
+
+/// `IPPROTO_TCP` and `IPPROTO_UDP`
+const TCP: u8 = 6;
+const UDP: u8 = 17;
+
 /// `struct inet_diag_req_v2`
-fn request(family: Family, states: u32, local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
-    /// `IPPROTO_TCP`
-    const TCP: u8 = 6;
+fn request(
+    family: Family,
+    protocol: u8,
+    states: u32,
+    local: SocketAddr,
+    remote: SocketAddr,
+) -> Vec<u8> {
     /// `INET_DIAG_NOCOOKIE`: any socket with these ends.
     const NO_COOKIE: [u8; 8] = [0xff; 8];
     let interface = match remote {
@@ -83,7 +98,7 @@ fn request(family: Family, states: u32, local: SocketAddr, remote: SocketAddr) -
         SocketAddr::V4(_) => 0,
     };
     [
-        &[family.number(), TCP, 0, 0][..],
+        &[family.number(), protocol, 0, 0][..],
         &host32(states),
         &local.port().to_be_bytes(),
         &remote.port().to_be_bytes(),

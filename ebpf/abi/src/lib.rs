@@ -29,7 +29,7 @@ pub use query::{DNS_PORT, QueryFacts, decide_query, may_stand_in, stand_in};
 pub use verdict::{FlowEvent, Verdict};
 
 /// Raised with every change of a layout or of its meaning; programs refuse VIPs if it differs.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// How many slots the per-CPU counter map has: verdicts first, then flow events.
 pub const COUNTERS: u32 = 64;

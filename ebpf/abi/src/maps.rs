@@ -270,8 +270,7 @@ impl ListenerKey {
     }
 }
 
-/// Value of the map `SERVERS`: the DNS server that a loopback address stands for. Once written it never changes nor
-/// goes, so it needs no check.
+/// Value of the map `SERVERS`, whose keys are words of loopback addresses: the DNS server that one stands for.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Server {
@@ -281,17 +280,49 @@ pub struct Server {
     pub port: PortBe,
     /// Zero.
     pub zero: u16,
+    /// 1 if nobody is sent there any more, and the agent is about to take the address away from it; else 0.
+    pub retired: u32,
+    /// `CLOCK_MONOTONIC` in nanoseconds when somebody was last sent there, not to the minute, or when it was retired.
+    /// Programs write it in place, so it is not sealed: in an element that was recycled meanwhile, another server
+    /// seems younger.
+    pub used_ns: u64,
+    /// Seals key and content.
+    pub check: u64,
 }
 
 impl Server {
-    /// A server at `address` and `port`.
+    /// How old [`Self::used_ns`] may become before it is written again.
+    pub const STAMPED_EVERY_NS: u64 = 60_000_000_000;
+
+    /// A server at `address` and `port`, sealed for the loopback address with this word.
     #[inline(always)]
-    pub const fn new(address: Address, port: PortBe) -> Self {
+    pub const fn new(stand_in: u32, address: Address, port: PortBe, used_ns: u64) -> Self {
         Self {
             address,
             port,
             zero: 0,
+            retired: 0,
+            used_ns,
+            check: Self::seal(stand_in, &address, port, 0),
         }
+    }
+
+    /// The same, retired or not, from `now_ns` on.
+    #[must_use]
+    pub const fn with_retired(self, stand_in: u32, retired: bool, now_ns: u64) -> Self {
+        let retired = retired as u32;
+        Self {
+            retired,
+            used_ns: now_ns,
+            check: Self::seal(stand_in, &self.address, self.port, retired),
+            ..self
+        }
+    }
+
+    /// Whether this value was written for the loopback address with this word, and is whole.
+    #[inline(always)]
+    pub const fn is_for(&self, stand_in: u32) -> bool {
+        self.check == Self::seal(stand_in, &self.address, self.port, self.retired)
     }
 
     /// Whether it is at `address` and `port`.
@@ -304,6 +335,12 @@ impl Server {
             && third == third_
             && fourth == fourth_
             && self.port.0 == port.0
+    }
+
+    #[inline(always)]
+    const fn seal(stand_in: u32, address: &Address, port: PortBe, retired: u32) -> u64 {
+        let rest = ((port.0 as u64) << 32) | retired as u64;
+        mix(mix(digest_of(address), stand_in as u64), rest)
     }
 }
 
@@ -482,7 +519,7 @@ assert_layout! {
     Fallback: 32, 8;
     Heartbeat: 16, 8;
     ListenerKey: 16, 8;
-    Server: 20, 4;
+    Server: 40, 8;
     FlowKey: 48, 8;
     Origin: 104, 8;
     crate::Ranges: 40, 4;

@@ -9,9 +9,9 @@ use std::{
 use proptest::prelude::*;
 
 use crate::{
-    Address, Away, Class, Facts, Fallback, FlowEvent, Found, Heartbeat, KnownAddress, PortBe,
-    QueryFacts, Ranges, Target, Verdict, VipKey, VipValue, classify, decide, decide_query,
-    loopback_spread, may_fall_back, may_stand_in, stand_in,
+    Address, Away, Class, DNS_PORT, Facts, Fallback, FlowEvent, Found, Heartbeat, KnownAddress,
+    PortBe, QueryFacts, Ranges, Server, Target, Verdict, VipKey, VipValue, classify, decide,
+    decide_query, loopback_spread, may_fall_back, may_stand_in, stand_in,
 };
 
 fn address(text: &str) -> Address {
@@ -621,4 +621,34 @@ fn torn(target: Target) -> [Target; 3] {
             ..target
         },
     ]
+}
+
+#[test]
+fn a_server_is_whole_only_for_its_own_address_and_while_nothing_but_its_stamp_changes() {
+    let address = Address::from_v4_word(0x0100_0a0a);
+    let server = Server::new(7, address, DNS_PORT, 1);
+    let retired = server.with_retired(7, true, 2);
+    let with = |change: fn(&mut Server)| {
+        let mut changed = server;
+        change(&mut changed);
+        changed
+    };
+    for (value, stand_in, whole) in [
+        (server, 7, true),
+        (server, 8, false),
+        (retired, 7, true),
+        (retired, 8, false),
+        (retired.with_retired(7, false, 3), 7, true),
+        (with(|server| server.used_ns = 9), 7, true),
+        (with(|server| server.retired = 1), 7, false),
+        (with(|server| server.port = PortBe(54)), 7, false),
+        (
+            with(|server| server.address = Address::LOOPBACK_V6),
+            7,
+            false,
+        ),
+        (Server::default(), 0, false),
+    ] {
+        assert_eq!(value.is_for(stand_in), whole, "{value:?} {stand_in}");
+    }
 }

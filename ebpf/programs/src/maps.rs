@@ -47,7 +47,8 @@ static HEARTBEAT: Array<Heartbeat> = Array::with_max_entries(1, 0);
 #[map]
 static LISTENERS: SockHash<ListenerKey> = SockHash::with_max_entries(32_768, 0);
 
-/// The DNS servers that loopback addresses stand for, by the address's word. Written by the programs, and only added to.
+/// The DNS servers that loopback addresses stand for, by the address's word. Programs add and stamp, the agent retires
+/// and takes away.
 #[map]
 static SERVERS: HashMap<u32, Server> = HashMap::with_max_entries(MAX_SERVERS, 0);
 
@@ -114,20 +115,29 @@ pub fn listener(key: &ListenerKey) -> PortBe {
     PortBe::from_host(port as u16)
 }
 
-/// The server that a loopback address stands for, in place: it never changes.
+/// The server that a loopback address stands for, by the address's word.
 #[inline(always)]
-pub fn server(stand_in: u32) -> Option<&'static Server> {
-    // SAFETY: null or an element that is never written again nor removed.
-    SERVERS
-        .get_ptr(stand_in)
-        .and_then(|server| unsafe { server.as_ref() })
+pub fn server(stand_in: u32) -> Found<Server> {
+    settle(
+        || SERVERS.get_ptr(stand_in),
+        |server| server.is_for(stand_in),
+    )
 }
 
-/// Lets a loopback address stand for `server`, if it stands for none yet and there is room.
+/// Lets a loopback address stand for a server, if it stands for none yet and there is room.
 #[inline(always)]
 pub fn add_server(stand_in: u32, server: &Server) {
     // Whether it does is seen by looking it up: another CPU may have been faster.
     let _ = SERVERS.insert(stand_in, server, u64::from(BPF_NOEXIST));
+}
+
+/// Writes down that somebody is sent to this loopback address.
+#[inline(always)]
+pub fn stamp_server(stand_in: u32, now_ns: u64) {
+    if let Some(server) = SERVERS.get_ptr_mut(stand_in) {
+        // SAFETY: an element of the map, of this server or recycled for another: see `Server::used_ns`.
+        unsafe { write_volatile(&raw mut (*server).used_ns, now_ns) };
+    }
 }
 
 #[inline(always)]

@@ -2,8 +2,8 @@
 
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use sidestep_abi::{
-    ABI_VERSION, Address, Class, DNS_PORT, Heartbeat, ListenerKey, PortBe, QueryFacts, Server,
-    Verdict, classify, decide_query, may_stand_in, stand_in,
+    ABI_VERSION, Address, Class, DNS_PORT, Found, Heartbeat, ListenerKey, PortBe, QueryFacts,
+    Server, Verdict, classify, decide_query, may_stand_in, stand_in,
 };
 
 use crate::{connect::is_agent, context::SockAddr, interface, maps, report};
@@ -55,7 +55,7 @@ pub fn redirect(context: SockAddr, server: &Address, rewritten: &mut (Address, P
         return false;
     };
     if matches!(verdict, Verdict::QueryCaptured) {
-        let word = stand_in_for(server);
+        let word = stand_in_for(server, facts.now_ns);
         if word == 0 {
             verdict = Verdict::QueryPassed;
         } else {
@@ -68,20 +68,23 @@ pub fn redirect(context: SockAddr, server: &Address, rewritten: &mut (Address, P
 
 /// The word of the address that stands for `server`; 0 if none does, for want of room.
 #[inline(always)]
-fn stand_in_for(server: &Address) -> u32 {
-    let wanted = Server::new(*server, DNS_PORT);
+fn stand_in_for(server: &Address, now_ns: u64) -> u32 {
     let mut attempt = 0;
     while attempt < ATTEMPTS {
         let word = stand_in(server, attempt);
-        if let Some(known) = maps::server(word) {
-            if known.is_at(server, DNS_PORT) {
-                return word;
+        let mut found = maps::server(word);
+        if matches!(found, Found::Absent) {
+            maps::add_server(word, &Server::new(word, *server, DNS_PORT, now_ns));
+            found = maps::server(word);
+        }
+        if let Found::Value(known) = found
+            && known.is_at(server, DNS_PORT)
+            && known.retired == 0
+        {
+            if now_ns > known.used_ns + Server::STAMPED_EVERY_NS {
+                maps::stamp_server(word, now_ns);
             }
-        } else {
-            maps::add_server(word, &wanted);
-            if maps::server(word).is_some_and(|known| known.is_at(server, DNS_PORT)) {
-                return word;
-            }
+            return word;
         }
         attempt += 1;
     }
@@ -99,6 +102,8 @@ pub fn shown_server(context: SockAddr, peer: &Address) -> Option<(Address, PortB
     if port == 0 || u32::from(context.port().to_host()) != port {
         return None;
     }
-    let server = maps::server(word)?;
-    Some((server.address, server.port))
+    match maps::server(word) {
+        Found::Value(server) => Some((server.address, server.port)),
+        _ => None,
+    }
 }
