@@ -48,6 +48,8 @@ pub struct Status {
     pub capture: BTreeMap<String, u64>,
     /// What became of captured connections on their way to the agent, by name, since the programs were loaded.
     pub hand_over: BTreeMap<String, u64>,
+    /// How DNS queries are captured; `None` if they are not.
+    pub queries: Option<QueriesStatus>,
     /// The catalog in use.
     pub catalog: CatalogStatus,
     /// What Consul says, where that is the source.
@@ -64,6 +66,23 @@ pub struct Status {
     pub listeners: Vec<ListenerStatus>,
     /// The configured workloads.
     pub workloads: Vec<WorkloadStatus>,
+}
+
+/// How DNS queries are captured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueriesStatus {
+    /// In how many network namespaces.
+    pub namespaces: usize,
+    /// In how many of them over UDP too; if not in all, the log says why.
+    pub over_udp: usize,
+    /// How many were captured since the programs were loaded: datagrams and connects.
+    pub captured: u64,
+    /// How many went to their server instead.
+    pub passed: u64,
+    /// Towards how many servers queries over UDP were captured.
+    pub servers: usize,
+    /// For how many there is room; queries to more are not captured.
+    pub servers_limit: u32,
 }
 
 /// What a connect below an attach point came to.

@@ -8,7 +8,7 @@ use super::{block_on, load_config, output};
 use crate::{
     admin::{
         client,
-        status::{ConsulStatus, HeartbeatStatus, Status},
+        status::{ConsulStatus, HeartbeatStatus, QueriesStatus, Status},
     },
     telemetry::timestamp::Timestamp,
 };
@@ -94,6 +94,7 @@ fn summary(status: &Status) -> String {
         }
     }
     text.push_str(&heartbeat(&status.heartbeat));
+    text.push_str(&queries(status.queries.as_ref()));
     if let Some(before) = &status.predecessor {
         text.push_str(&format!(
             "process {} drains, {} connections left\n",
@@ -240,6 +241,24 @@ fn heartbeat(heartbeat: &HeartbeatStatus) -> String {
     format!("heartbeat: longest gap {gap} ms, {limit}{hangs}\n")
 }
 
+fn queries(queries: Option<&QueriesStatus>) -> String {
+    let Some(queries) = queries else {
+        return "DNS queries: not captured\n".to_owned();
+    };
+    let without_udp = match queries.namespaces.saturating_sub(queries.over_udp) {
+        0 => String::new(),
+        some => format!(", IN {some} NOT OVER UDP"),
+    };
+    format!(
+        "DNS queries: captured in {} namespaces{without_udp}, {} captured, {} passed, {} servers (at most {})\n",
+        queries.namespaces,
+        queries.captured,
+        queries.passed,
+        queries.servers,
+        queries.servers_limit
+    )
+}
+
 fn ports(ports: Option<&[u16]>) -> String {
     match ports {
         Some(ports) => {
@@ -283,7 +302,35 @@ pub(super) fn span(seconds: u64) -> String {
 mod tests {
     use std::time::{Duration, SystemTime};
 
-    use super::{Timestamp, expiry, span};
+    use super::{QueriesStatus, Timestamp, expiry, queries, span};
+
+    #[test]
+    fn it_is_said_where_queries_are_captured() {
+        let captured = QueriesStatus {
+            namespaces: 3,
+            over_udp: 3,
+            captured: 12,
+            passed: 1,
+            servers: 2,
+            servers_limit: 9,
+        };
+        for (status, text) in [
+            (None, "not captured"),
+            (
+                Some(captured),
+                "captured in 3 namespaces, 12 captured, 1 passed, 2 servers (at most 9)",
+            ),
+            (
+                Some(QueriesStatus {
+                    over_udp: 1,
+                    ..captured
+                }),
+                "captured in 3 namespaces, IN 2 NOT OVER UDP, 12 captured, 1 passed, 2 servers (at most 9)",
+            ),
+        ] {
+            assert_eq!(queries(status.as_ref()), format!("DNS queries: {text}\n"));
+        }
+    }
 
     #[test]
     fn what_has_expired_does_not_expire_in_a_while() {

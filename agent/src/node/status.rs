@@ -10,14 +10,16 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use sidestep_abi::MAX_SERVERS;
+
 use super::{Node, away, consul::ConsulParts, next_agent, start};
 use crate::{
     admin::{
         StatusSource,
         status::{
             AttachmentStatus, CatalogStatus, CertificateStatus, ConnectionCounts, ConnectionStatus,
-            EffectStatus, HeartbeatStatus, IntentionStatus, ListenerStatus, ServiceStatus, Status,
-            WorkloadStatus,
+            EffectStatus, HeartbeatStatus, IntentionStatus, ListenerStatus, QueriesStatus,
+            ServiceStatus, Status, WorkloadStatus,
         },
     },
     catalog::{
@@ -25,6 +27,7 @@ use crate::{
         store::Catalog,
     },
     config::WorkloadRule,
+    datapath::Verdict,
     health::Effect,
     outbound::listeners::Place,
     policy::{Decision, Reason},
@@ -75,6 +78,7 @@ impl StatusSource for Operators {
                 .into_iter()
                 .map(|(name, n)| (name.to_owned(), n))
                 .collect(),
+            queries: queries(node),
             catalog: catalog_status(node),
             consul: node.consul.as_ref().map(ConsulParts::status),
             services: services(&node.catalog.current()),
@@ -206,6 +210,27 @@ fn hand_over(node: &Node) -> Vec<(&'static str, u64)> {
             Vec::new()
         }
     }
+}
+
+fn queries(node: &Node) -> Option<QueriesStatus> {
+    let served = node.outbound.queries.as_ref()?.served();
+    let counted = verdicts(node);
+    let count = |verdict: Verdict| {
+        let found = counted.iter().find(|(name, _)| *name == verdict.as_str());
+        found.map_or(0, |(_, n)| *n)
+    };
+    let servers = node.datapath.servers().unwrap_or_else(|error| {
+        tracing::warn!(error = %chain(&error), "DNS servers not counted");
+        0
+    });
+    Some(QueriesStatus {
+        namespaces: served.namespaces,
+        over_udp: served.datagrams,
+        captured: count(Verdict::QueryCaptured),
+        passed: count(Verdict::QueryPassed),
+        servers,
+        servers_limit: MAX_SERVERS,
+    })
 }
 
 fn heartbeat(node: &Node) -> HeartbeatStatus {

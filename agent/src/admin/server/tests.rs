@@ -40,6 +40,7 @@ fn example() -> Status {
         capture_mode: "ebpf".to_owned(),
         attachments: vec![],
         capture: BTreeMap::from([("rewritten".to_owned(), 3)]),
+        queries: None,
         catalog: CatalogStatus {
             version: 2,
             kernel_version: 2,
