@@ -41,6 +41,9 @@ pub(super) const CONNECTIONS_MAX: usize = 256;
 /// How long a TCP connection may be silent, and how long its client may not read. Source: RFC 7766, section 6.2.3.
 const IDLE: Duration = Duration::from_secs(10);
 
+/// How long after draining has begun the first query of a connection is waited for.
+const FIRST: Duration = Duration::from_secs(1);
+
 /// Queries of one TCP connection that are not answered yet.
 const PIPELINED_MAX: usize = 32;
 
@@ -316,7 +319,9 @@ impl Service {
         self.shutdown
             .spawn("dns answers", write_answers(to, answers, permit));
         let pipelined = Arc::new(Semaphore::new(PIPELINED_MAX));
-        while let Some(message) = self.next_query(&mut from).await {
+        let mut is_first = true;
+        while let Some(message) = self.next_query(&mut from, is_first).await {
+            is_first = false;
             if !self.may_ask(client, Transport::Tcp) {
                 return;
             }
@@ -354,11 +359,17 @@ impl Service {
         }
     }
 
-    /// `None` when the client is done, silent for too long, or we are.
-    async fn next_query(&self, from: &mut OwnedReadHalf) -> Option<Vec<u8>> {
+    /// `None` when the client is done, silent for too long, or we are: then who has only just connected may still ask.
+    async fn next_query(&self, from: &mut OwnedReadHalf, is_first: bool) -> Option<Vec<u8>> {
+        let over = async {
+            self.shutdown.draining().await;
+            if is_first {
+                tokio::time::sleep(FIRST).await;
+            }
+        };
         tokio::select! {
             biased;
-            () = self.shutdown.draining() => None,
+            () = over => None,
             read = timeout(IDLE, read_message(from)) => read.ok()?.ok(),
         }
     }
