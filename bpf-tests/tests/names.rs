@@ -12,6 +12,8 @@ test_claims! {
     programs_resolve_and_connect
     names_are_known_without_being_told
     other_names_come_from_their_server
+    resolvers_of_their_own_are_captured
+    queries_go_on_without_their_agent
     large_answers_come_whole
     nobody_else_gets_an_answer
     answers_are_consuls

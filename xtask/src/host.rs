@@ -45,6 +45,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("dnsmasq", "dnsmasq-base"),
     ("dnsperf", "dnsperf"),
     ("strip", "binutils"),
+    ("musl-gcc", "musl-tools"),
     ("xz", "xz-utils"),
     ("pip3", "python3-pip"),
 ];

@@ -1,18 +1,20 @@
 //! Programs that were told nothing: their queries are captured on the way to the server that they know.
 
-use std::time::Duration;
+use std::{fs, path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::Value;
 
 use super::{
     upstream::{COMPARE, UPSTREAM, dnsmasq},
     with_resolv_conf, write_resolv_conf,
 };
 use crate::{
-    claims::{Finding, Size},
+    claims::{Finding, Size, dependable::replaced::upgrade},
     mesh::{Mesh, local, vip},
-    services,
-    wait::SOON,
+    program::Program,
+    programs, services,
+    wait::{SOON, monotonic_ms, wait_for, wait_for_value},
     workload::{Kind, Workload},
 };
 
@@ -128,6 +130,161 @@ pub(super) fn other_names_come_from_their_server(size: Size) -> Result<Finding> 
         format!(
             "{same} of {queries} answers are the same, {forwarded} queries went through the agent; \
              before it was killed {before:?}, after {after:?}"
+        ),
+    ))
+}
+
+const RESOLVE: &str = include_str!("resolve.c");
+
+pub(super) fn resolvers_of_their_own_are_captured(_size: Size) -> Result<Finding> {
+    let mut mesh = Mesh::new("names-resolvers")?;
+    let place = mesh.place("web", "web-1", Kind::Cgroup)?;
+    mesh.register("web", "web-1", vip(1, 80), local(8080));
+    mesh.keep(services::nginx(&place, local(8080), "page of web-1")?);
+    let container = mesh.lab.a.add_workload("shop", "box", Kind::Netns)?;
+    mesh.lab.a.set_capture("dns = true");
+    let source = mesh.lab.a.directory().join("resolve.c");
+    let resolve = mesh.lab.a.directory().join("resolve");
+    fs::write(&source, RESOLVE)?;
+    Program::new("musl-gcc")
+        .args(["-static", "-O1", "-o"])
+        .args([&resolve, &source])
+        .run(SOON)?;
+    mesh.start()?;
+    let address = vip(1, 80).ip().to_string();
+    let resolve = resolve.display().to_string();
+    for workload in [&mesh.shop, &container] {
+        // musl asks all of them at once, for both kinds of addresses, from one socket.
+        let resolv_conf = workload.directory().join("resolv.conf");
+        let servers = [NOWHERE, "192.0.2.54", "127.0.0.53"];
+        let lines = servers.map(|server| format!("nameserver {server}\n"));
+        fs::write(&resolv_conf, lines.concat())?;
+        for name in ["web.virtual.consul", "web.service.dc1.consul"] {
+            let said = with_resolv_conf(workload, &resolv_conf, &[&resolve, name]).run(SOON)?;
+            ensure!(said.trim() == address, "musl: {said:?}");
+        }
+        let url = "-http-addr=http://web.virtual.consul";
+        let consul = programs::find("consul").context("there is no program consul")?;
+        let consul = consul.display().to_string();
+        let consul = [&consul, "members", url];
+        let said = with_resolv_conf(workload, &resolv_conf, &consul)
+            // Go's own resolver, and a word about it.
+            .env("GODEBUG", "netdns=go+2")
+            .output(SOON)?;
+        // nginx has no such page.
+        let reached = said.stderr.contains("404") && said.stderr.contains("nginx");
+        let by_go = said.stderr.contains("web.virtual.consul) = ");
+        ensure!(reached && by_go, "Go: {said:?}");
+    }
+    Ok(Finding::new(
+        true,
+        "musl, with three servers at once, and Go resolve and reach the service, in two workloads",
+    ))
+}
+
+const LOOKUPS: &str = include_str!("lookups.py");
+
+/// What lookups.py counted so far.
+#[derive(Debug, Clone, Copy, Default)]
+struct Counts {
+    at_once: u64,
+    second: u64,
+    failed: u64,
+    /// When what is still looked up was begun, in milliseconds of the monotonic clock.
+    oldest: u64,
+}
+
+impl Counts {
+    fn all(self) -> u64 {
+        self.at_once + self.second + self.failed
+    }
+}
+
+fn counts(log: &Path) -> Counts {
+    let said = fs::read_to_string(log).unwrap_or_default();
+    let numbers = |line: &str| -> Option<Vec<u64>> {
+        line.split(' ').map(|word| word.parse().ok()).collect()
+    };
+    let last = said.lines().rev().find_map(numbers).unwrap_or_default();
+    match last.as_slice() {
+        [at_once, second, failed, oldest] => Counts {
+            at_once: *at_once,
+            second: *second,
+            failed: *failed,
+            oldest: *oldest,
+        },
+        _ => Counts::default(),
+    }
+}
+
+pub(super) fn queries_go_on_without_their_agent(size: Size) -> Result<Finding> {
+    let rounds = size.pick(2, 10);
+    let mut mesh = Mesh::new("names-survive")?;
+    mesh.lab.a.set_capture("dns = true");
+    let _server = dnsmasq(&mesh.lab.a, mesh.shop.namespace(), 53, "")?;
+    mesh.start()?;
+    let file = |name: &str| mesh.shop.directory().join(name);
+    let (end, log) = (file("end"), file("lookups"));
+    let mut lookups = mesh
+        .shop
+        .program("python3")
+        .args(["-c", LOOKUPS, UPSTREAM, "host7.example.test", "192.0.2.7"])
+        .arg(&end)
+        .log(&log)
+        .spawn()?;
+    // More of them, and the end of those that are under way.
+    let more = || {
+        let (before, now) = (counts(&log).all(), monotonic_ms());
+        wait_for("lookups to go on", SOON, || {
+            let counts = counts(&log);
+            counts.all() >= before + 100 && counts.oldest > now
+        })?;
+        Ok::<_, anyhow::Error>(counts(&log))
+    };
+    let through = |mesh: &Mesh| {
+        let labels = ["outcome=\"forwarded\""];
+        mesh.lab.a.metric("sidestep_dns_queries_total", &labels)
+    };
+    more()?;
+    for _ in 0..rounds {
+        ensure!(through(&mesh)? > 0.0, "nothing goes through the agent");
+        mesh.lab.a.kill_agent();
+        more()?;
+        mesh.lab.a.start_agent()?;
+        mesh.lab.a.wait_until_ready()?;
+        more()?;
+    }
+    let killed = counts(&log);
+    for _ in 0..rounds {
+        upgrade(&mesh.lab.a)?;
+        wait_for_value("the agent before to end", SOON, || {
+            let status = mesh.lab.a.status()?;
+            let gone = status.get("predecessor").is_none_or(Value::is_null);
+            Ok(gone.then_some(()))
+        })?;
+        more()?;
+        ensure!(through(&mesh)? > 0.0, "nothing goes through the next agent");
+    }
+    fs::write(&end, "")?;
+    lookups.wait(SOON)?.context("the lookups do not end")?;
+    let all = counts(&log);
+    let said = fs::read_to_string(&log)?;
+    let troubles: Vec<&str> = said
+        .lines()
+        .filter(|line| line.starts_with("not"))
+        .collect();
+    // What the agent holds as it is killed is asked again: at most one query of each of four threads.
+    let holds = all.failed == 0 && killed.second <= 4 * rounds && all.second == killed.second;
+    Ok(Finding::new(
+        holds,
+        format!(
+            "{} of {} names looked up at once, {} at the second try after {rounds} kills, {} more after {rounds} \
+             upgrades, {} not; {troubles:?}",
+            all.at_once,
+            all.all(),
+            killed.second,
+            all.second - killed.second,
+            all.failed,
         ),
     ))
 }
