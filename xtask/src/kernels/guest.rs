@@ -17,11 +17,12 @@ use crate::{build, progress::Step};
 const INIT: &str = "kernel_guest";
 
 /// The tests that are run, of `bpf-tests`.
-const TESTS: [&str; 5] = [
+const TESTS: [&str; 6] = [
     "away_policy",
     "bpf_syscalls",
     "client_behaviour",
     "datapath_limits",
+    "dns_capture",
     "pinned_datapath",
 ];
 
