@@ -23,4 +23,5 @@ pub mod consul;
 pub mod envoy;
 pub mod tls_client;
 pub mod forward;
+pub mod bench;
 pub mod claims;
