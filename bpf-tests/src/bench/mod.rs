@@ -6,3 +6,4 @@
 pub mod statistics;
 pub mod machine;
 pub mod recording;
+pub mod capture;

@@ -7,6 +7,7 @@ mod servers;
 mod clients;
 mod load;
 mod storm;
+mod timed;
 
 use std::{
     env,
@@ -40,7 +41,15 @@ usage: sidestep-peer MODE ARGUMENT...
   hold FILE THREADS COUNT          as many connections to echo servers at once, all used, then closed
   pour ADDRESS THREADS SECONDS     send as fast as it goes
   cycle ADDRESS THREADS SECONDS    connect, exchange one byte, close, again
-  trips ADDRESS THREADS SECONDS    exchange over as many connections, again and again";
+  trips ADDRESS THREADS SECONDS    exchange over as many connections, again and again
+  serve ADDRESS                    send questions (what begins with `?`) back, forget the rest
+  serve-for PROCESS PORT           the same with the socket by which a stopped process listens
+  connects FILE THREADS SECONDS SEED  connect to targets drawn out of FILE and reset, timed
+  calls ADDRESS THREADS SECONDS    connect, ask a byte, close, timed
+  turns ADDRESS THREADS SECONDS BYTES  ask over as many connections, timed
+  bulk ADDRESS STREAMS SECONDS     send as fast as it goes, until all is read
+  idle ADDRESS COUNT FILE          as many connections, used once, until FILE is gone
+  until ADDRESS SECONDS            try to connect until that succeeds";
 
 fn main() -> ExitCode {
     match dispatch(&env::args().skip(1).collect::<Vec<_>>()) {
@@ -86,6 +95,32 @@ fn dispatch(arguments: &[String]) -> Result<()> {
         ["trips", address, threads, seconds] => {
             load::trips(parsed(address)?, parsed(threads)?, parsed(seconds)?)
         }
+        _ => timed(&arguments),
+    }
+}
+
+/// Everything that is timed, and the server for it.
+fn timed(arguments: &[&str]) -> Result<()> {
+    match *arguments {
+        ["serve", address] => timed::serve(parsed(address)?),
+        ["serve-for", process, port] => timed::serve_for(parsed(process)?, parsed(port)?),
+        ["connects", file, threads, seconds, seed] => {
+            timed::connects(file, parsed(threads)?, parsed(seconds)?, parsed(seed)?)
+        }
+        ["calls", address, threads, seconds] => {
+            timed::calls(parsed(address)?, parsed(threads)?, parsed(seconds)?)
+        }
+        ["turns", address, threads, seconds, bytes] => timed::turns(
+            parsed(address)?,
+            parsed(threads)?,
+            parsed(seconds)?,
+            parsed(bytes)?,
+        ),
+        ["bulk", address, streams, seconds] => {
+            timed::bulk(parsed(address)?, parsed(streams)?, parsed(seconds)?)
+        }
+        ["idle", address, count, file] => timed::idle(parsed(address)?, parsed(count)?, file),
+        ["until", address, seconds] => timed::until(parsed(address)?, parsed(seconds)?),
         _ => bail!("{USAGE}"),
     }
 }

@@ -21,7 +21,7 @@ use crate::{say, say_listening};
 /// Bursts of thousands of connections are what some tests are about: std's 128 would drop them.
 const BACKLOG: i32 = 4096;
 
-fn listener(address: SocketAddr) -> Result<TcpListener> {
+pub(crate) fn listener(address: SocketAddr) -> Result<TcpListener> {
     let family = if address.is_ipv4() {
         AddressFamily::INET
     } else {
