@@ -7,3 +7,4 @@ pub mod statistics;
 pub mod machine;
 pub mod recording;
 pub mod capture;
+pub mod mesh;
