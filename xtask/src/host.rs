@@ -48,6 +48,10 @@ const PACKAGES: &[(&str, &str)] = &[
     ("musl-gcc", "musl-tools"),
     ("xz", "xz-utils"),
     ("pip3", "python3-pip"),
+    ("nft", "nftables"),
+    ("haproxy", "haproxy"),
+    ("wrk", "wrk"),
+    ("openssl", "openssl"),
 ];
 
 /// Asked by packages before they start a service.

@@ -1,39 +1,29 @@
-//! `cargo xtask bench`: measurements, printed as rows for docs/performance.md.
+//! `cargo xtask bench relay`: bytes, connections and round trips through two agents, printed as rows, while one works on
+//! them. `bench mesh` is the comparison.
 
-use std::{fs, net::SocketAddr, process::ExitCode, time::Duration};
+use std::{fs, net::SocketAddr, time::Duration};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use bpf_tests::{
+    bench::machine::Busy,
     mesh::{Mesh, local, vip},
-    programs, services,
+    services,
     wait::{SOON, Stopwatch},
     workload::Kind,
 };
 use serde_json::Value;
 
-use crate::{
-    build, host,
-    progress::{Step, say, table},
-};
+use crate::progress::{Step, say, table};
 
-/// See [`crate::Command::Bench`].
+/// See [`super::Command::Relay`].
 #[derive(Debug, clap::Args)]
-pub(crate) struct Arguments {
-    /// What to measure.
-    #[arg(value_enum)]
-    what: Subject,
+pub(super) struct Arguments {
     /// For how long each row is measured.
     #[arg(long, default_value_t = 10)]
     seconds: u64,
     /// How often, each way in turn.
     #[arg(long, default_value_t = 1)]
     rounds: u64,
-}
-
-#[derive(Debug, Clone, Copy, clap::ValueEnum)]
-enum Subject {
-    /// The way of bytes and of new connections through two agents.
-    Relay,
 }
 
 /// What one measurement found.
@@ -52,22 +42,8 @@ struct Row {
 ///
 /// # Errors
 /// If something does not start or fails under load.
-pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
-    if !host::is_root() {
-        bail!("needs root: it makes network namespaces and loads eBPF programs");
-    }
-    match arguments.what {
-        Subject::Relay => relay(arguments.seconds, arguments.rounds)?,
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
-fn relay(seconds: u64, rounds: u64) -> Result<()> {
-    host::require(&["ip"])?;
-    build::ebpf_programs()?;
-    build::agent_and_peer()?;
-    programs::use_agent(build::release_agent()?);
-
+pub(super) fn run(arguments: &Arguments) -> Result<()> {
+    let (seconds, rounds) = (arguments.seconds, arguments.rounds);
     let mut mesh = Mesh::new("bench")?;
     let wire: SocketAddr = (mesh.lab.b.address(), 0).into();
     let at = |port| SocketAddr::new(wire.ip(), port);
@@ -205,20 +181,9 @@ impl Load {
     }
 }
 
-/// Processor time that the machine has spent on anything, from /proc/stat.
+/// Processor time that the machine has spent on anything.
 fn machine_busy() -> Result<Duration> {
-    let text = fs::read_to_string("/proc/stat").context("reading /proc/stat")?;
-    let first = text.lines().next().unwrap_or_default();
-    let ticks: u64 = first
-        .split_whitespace()
-        .skip(1)
-        .enumerate()
-        // All but idle and iowait, and guest time, which is in user time already.
-        .filter(|(index, _ticks)| !matches!(index, 3 | 4 | 8 | 9))
-        .filter_map(|(_index, ticks)| ticks.parse::<u64>().ok())
-        .sum();
-    // USER_HZ is 100 on every architecture that Sidestep runs on.
-    Ok(Duration::from_millis(ticks * 10))
+    Ok(Busy::now()?.all())
 }
 
 fn print(rows: &[Row]) {

@@ -1,0 +1,241 @@
+//! `cargo xtask bench capture` and `bench mesh`: measure by turns, keep every sample, show the medians.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::PathBuf,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use bpf_tests::{
+    bench::{
+        capture::{self, Variant},
+        machine,
+        mesh::{self, Load, Way},
+        recording::Recording,
+    },
+    program::Program,
+    programs,
+};
+use serde_json::{Value, json};
+
+use super::{prepare, report, summary::Summary};
+use crate::{
+    build,
+    progress::{Step, say},
+};
+
+/// See [`super::Command::Capture`].
+#[derive(Debug, clap::Args)]
+pub(super) struct CaptureArguments {
+    #[command(flatten)]
+    common: Common,
+    /// With how many services, separated by commas.
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 100, 1_000, 10_000])]
+    services: Vec<u32>,
+    /// Also with 100,000 services.
+    #[arg(long)]
+    full: bool,
+}
+
+/// See [`super::Command::Mesh`].
+#[derive(Debug, clap::Args)]
+pub(super) struct MeshArguments {
+    #[command(flatten)]
+    common: Common,
+    /// For how long idle agents and proxies are watched, in seconds; 0 leaves it and memory out.
+    #[arg(long, default_value_t = 20)]
+    idle_seconds: u64,
+}
+
+#[derive(Debug, clap::Args)]
+struct Common {
+    /// How often everything is measured.
+    #[arg(long, default_value_t = 10)]
+    rounds: usize,
+    /// For how long each load, in seconds.
+    #[arg(long, default_value_t = 2)]
+    seconds: u64,
+    /// Only variants whose name contains one of these, separated by commas, and what they are compared with.
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+    /// Of the order of each round; drawn if not given.
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+impl Common {
+    fn wants(&self, name: &str) -> bool {
+        let name = name.to_lowercase();
+        let named = |part: &String| name.contains(&part.to_lowercase());
+        self.only.is_empty() || self.only.iter().any(named)
+    }
+
+    /// Not more digits than fit a JSON number everywhere.
+    fn seed(&self) -> u64 {
+        let drawn = || now().subsec_nanos().into();
+        self.seed.unwrap_or_else(drawn)
+    }
+}
+
+/// Measures what capture costs.
+///
+/// # Errors
+/// If nothing can be measured.
+pub(super) fn capture(arguments: &CaptureArguments) -> Result<()> {
+    let common = &arguments.common;
+    let wanted = |it: &Variant| *it == Variant::None || common.wants(it.name());
+    let mut plan = capture::Plan {
+        variants: Variant::ALL.into_iter().filter(wanted).collect(),
+        services: arguments.services.clone(),
+        rounds: common.rounds,
+        time: Duration::from_secs(common.seconds),
+        seed: common.seed(),
+        established: true,
+        changes: true,
+    };
+    if arguments.full {
+        plan.services.push(100_000);
+    }
+    plan.services.sort_unstable();
+    plan.services.dedup();
+    if plan.services.first() == Some(&0) || plan.services.last() > Some(&100_000) {
+        bail!("from 1 to 100,000 services can be measured");
+    }
+    let programs: Vec<_> = plan.variants.iter().flat_map(|it| it.programs()).collect();
+    prepare(&unique(programs))?;
+    let step = Step::begin("measuring capture");
+    let recording = capture::run(&plan, &mut |at| step.note(at))?;
+    step.done();
+    keep("capture", common, plan.seed, &recording)
+}
+
+/// Measures what the whole way costs.
+///
+/// # Errors
+/// If nothing can be measured.
+pub(super) fn mesh(arguments: &MeshArguments) -> Result<()> {
+    let common = &arguments.common;
+    let wanted = |it: &Way| *it == Way::Direct || common.wants(it.name());
+    let plan = mesh::Plan {
+        ways: Way::ALL.into_iter().filter(wanted).collect(),
+        loads: Load::ALL.to_vec(),
+        rounds: common.rounds,
+        time: Duration::from_secs(common.seconds),
+        seed: common.seed(),
+        idle_seconds: arguments.idle_seconds,
+    };
+    let programs: Vec<_> = plan.ways.iter().flat_map(|it| it.programs()).collect();
+    prepare(&unique(programs))?;
+    let step = Step::begin("measuring the mesh");
+    let recording = mesh::run(&plan, &mut |at| step.note(at))?;
+    step.done();
+    keep("mesh", common, plan.seed, &recording)
+}
+
+fn unique(programs: Vec<&&'static str>) -> Vec<&'static str> {
+    let unique: BTreeSet<&'static str> = programs.into_iter().copied().collect();
+    unique.into_iter().collect()
+}
+
+/// Where what was measured last is kept, with every sample.
+///
+/// # Errors
+/// If the running program is in no target directory.
+pub(super) fn kept(bench: &str) -> Result<PathBuf> {
+    let fetched = programs::fetched()?;
+    let target = fetched.parent().context("no target directory")?;
+    Ok(target.join("bench").join(format!("{bench}.json")))
+}
+
+/// Writes everything to a file of its own and to the one of the last run, and shows the medians.
+fn keep(bench: &str, common: &Common, seed: u64, recording: &Recording) -> Result<()> {
+    let time = now().as_secs();
+    let mut json = recording.to_json();
+    let machine: Value = machine::description()
+        .into_iter()
+        .map(|(key, value)| (key.to_owned(), Value::from(value)))
+        .collect::<serde_json::Map<_, _>>()
+        .into();
+    let head = json!({
+        "bench": bench,
+        "unix_time": time,
+        "seed": seed,
+        "rounds": common.rounds,
+        "seconds": common.seconds,
+        "machine": machine,
+        "versions": versions(),
+    });
+    if let (Some(json), Some(head)) = (json.as_object_mut(), head.as_object()) {
+        json.extend(head.clone());
+    }
+    let last = kept(bench)?;
+    let directory = last.parent().context("no directory")?;
+    fs::create_dir_all(directory).with_context(|| format!("creating {}", directory.display()))?;
+    let text = serde_json::to_string_pretty(&json).context("writing JSON")?;
+    let file = directory.join(format!("{bench}-{time}.json"));
+    for file in [&file, &last] {
+        fs::write(file, &text).with_context(|| format!("writing {}", file.display()))?;
+    }
+    let summary = Summary::of(&json)?;
+    say(format_args!("\n{}", report::section(&summary)));
+    say(format_args!("every sample: {}", file.display()));
+    ensure!(
+        summary.gaps.is_empty(),
+        "not everything could be measured: see the gaps above"
+    );
+    Ok(())
+}
+
+fn now() -> Duration {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    // A clock before 1970 is no reason not to measure.
+    since.unwrap_or_default()
+}
+
+/// The first line that each program says of its version; those that are not here are left out.
+fn versions() -> Value {
+    let ask = |program: &str, argument: &str| {
+        let said = Program::new(program)
+            .arg(argument)
+            .output(Duration::from_secs(20));
+        let said = said.ok()?;
+        let all = said.stdout + &said.stderr;
+        let line = all.lines().map(str::trim).find(|line| !line.is_empty())?;
+        // Some say where they are, which is nobody's concern.
+        let words = line
+            .split_whitespace()
+            .filter(|word| !word.starts_with('/'));
+        Some(words.collect::<Vec<_>>().join(" "))
+    };
+    let asked = [
+        ("iptables", "iptables-nft", "--version"),
+        ("nft", "nft", "--version"),
+        ("envoy", "envoy", "--version"),
+        ("haproxy", "haproxy", "-v"),
+        ("nginx", "nginx", "-v"),
+        ("wrk", "wrk", "--version"),
+    ];
+    let mut versions = serde_json::Map::new();
+    for (name, program, argument) in asked {
+        if let Some(version) = ask(program, argument) {
+            versions.insert(name.to_owned(), version.into());
+        }
+    }
+    if let Some(agent) = programs::agent()
+        .ok()
+        .and_then(|it| it.to_str().map(str::to_owned))
+        && let Some(version) = ask(&agent, "--version")
+    {
+        versions.insert("sidestep".to_owned(), version.into());
+    }
+    let git = Program::new("git")
+        .args(["rev-parse", "--short", "HEAD"])
+        .in_directory(build::workspace())
+        .run(Duration::from_secs(20));
+    if let Ok(commit) = git {
+        versions.insert("commit".to_owned(), commit.trim().into());
+    }
+    versions.into()
+}
