@@ -13,6 +13,7 @@ pub mod dependable;
 pub mod iptables;
 pub mod names;
 pub mod path;
+pub mod speed;
 mod storm;
 
 use anyhow::Result;
@@ -122,4 +123,5 @@ pub const TOPICS: &[Topic] = &[
     consul::TOPIC,
     names::TOPIC,
     iptables::TOPIC,
+    speed::TOPIC,
 ];
