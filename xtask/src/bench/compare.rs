@@ -194,7 +194,7 @@ fn now() -> Duration {
     since.unwrap_or_default()
 }
 
-/// The first line that each program says of its version; those that are not here are left out.
+/// What each program says of its version; those that are not here are left out.
 fn versions() -> Value {
     let ask = |program: &str, argument: &str| {
         let said = Program::new(program)
@@ -203,11 +203,7 @@ fn versions() -> Value {
         let said = said.ok()?;
         let all = said.stdout + &said.stderr;
         let line = all.lines().map(str::trim).find(|line| !line.is_empty())?;
-        // Some say where they are, which is nobody's concern.
-        let words = line
-            .split_whitespace()
-            .filter(|word| !word.starts_with('/'));
-        Some(words.collect::<Vec<_>>().join(" "))
+        version(line)
     };
     let asked = [
         ("iptables", "iptables-nft", "--version"),
@@ -238,4 +234,41 @@ fn versions() -> Value {
         versions.insert("commit".to_owned(), commit.trim().into());
     }
     versions.into()
+}
+
+/// The version in what a program says of itself: the first part that is a number with points.
+fn version(said: &str) -> Option<String> {
+    let mut parts = said.split(|letter: char| letter.is_whitespace() || letter == '/');
+    let is_version = |part: &&str| {
+        let number = part.trim_start_matches('v');
+        number.starts_with(|it: char| it.is_ascii_digit()) && number.contains('.')
+    };
+    parts.find(is_version).map(str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_found_in_what_programs_say() {
+        let cases = [
+            ("iptables v1.8.9 (nf_tables)", "v1.8.9"),
+            (
+                "/some/where/envoy  version: 9e5580933739775e8bce696a57a2e1bc99368f23/1.40.0/Clean/RELEASE",
+                "1.40.0",
+            ),
+            (
+                "HAProxy version 2.6.12-1+deb12u4 2026/10/17",
+                "2.6.12-1+deb12u4",
+            ),
+            ("nginx version: nginx/1.22.1", "1.22.1"),
+            ("wrk debian/4.1.0-3+b2 [epoll]", "4.1.0-3+b2"),
+            ("sidestep 0.1.0", "0.1.0"),
+        ];
+        for (said, expected) in cases {
+            assert_eq!(version(said).as_deref(), Some(expected));
+        }
+        assert_eq!(version("nothing of it"), None);
+    }
 }

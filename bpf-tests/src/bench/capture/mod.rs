@@ -138,6 +138,11 @@ pub const ADDED: &str = "added connect latency, p50";
 /// The same of connects to what is not captured.
 pub const ADDED_OTHERS: &str = "added connect latency of what is not captured, p50";
 
+/// With more services than this, a change takes so long that it is measured in the first rounds only.
+const MANY: u32 = 10_000;
+/// So many of them.
+const FEW: u64 = 3;
+
 /// Sets everything up, measures by turns, and tells `tell` what it is at. What cannot be set up or fails is left out of what
 /// follows, and noted as a gap.
 ///
@@ -174,8 +179,7 @@ pub fn run(plan: &Plan, tell: &mut dyn FnMut(&str)) -> Result<Recording> {
                 plan.rounds,
                 cell.what()
             ));
-            let seed = plan.seed.wrapping_add(round);
-            match measure(cell, plan, seed) {
+            match measure(cell, plan, round) {
                 Ok(samples) => recording.extend(&cell.subject, samples),
                 Err(error) => {
                     recording.gap(&cell.subject, format!("in round {round}: {error:#}"));
@@ -195,13 +199,16 @@ pub fn run(plan: &Plan, tell: &mut dyn FnMut(&str)) -> Result<Recording> {
 }
 
 /// One cell in one round.
-fn measure(cell: &mut Cell, plan: &Plan, seed: u64) -> Result<Vec<Sample>> {
+fn measure(cell: &mut Cell, plan: &Plan, round: u64) -> Result<Vec<Sample>> {
+    // The same services for all.
+    let seed = plan.seed.wrapping_add(round);
     let mut samples = cell.connects(plan.time, seed)?;
     samples.extend(cell.others(plan.time, seed)?);
     if plan.established && cell.subject.services == plan.reference() {
         samples.extend(cell.established(plan.time)?);
     }
-    if plan.changes {
+    let is_soon = cell.subject.services <= Some(MANY) || round <= FEW;
+    if plan.changes && is_soon {
         samples.extend(cell.change()?);
     }
     Ok(samples)
