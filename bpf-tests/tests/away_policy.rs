@@ -196,6 +196,7 @@ fn catalog() -> VipTargets {
     VipTargets {
         ports: ports.collect(),
         any_port: BTreeMap::from([("240.0.0.8".parse().unwrap(), target(99, any_port))]),
+        ..VipTargets::default()
     }
 }
 

@@ -175,6 +175,7 @@ impl Bench {
             any_port: any_port
                 .map(|(at, target)| (at.parse().unwrap(), target))
                 .into(),
+            ..VipTargets::default()
         };
         let changed = self.datapath.reconcile(&vips, Undesired::Remove).unwrap();
         assert_eq!((changed.added, changed.changed, changed.removed), (9, 0, 0));

@@ -13,6 +13,8 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use super::destination::Destination;
+
 /// Everything one source said at one moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Snapshot {
@@ -44,6 +46,28 @@ pub struct Service {
     pub defaults: ServiceDefaults,
 }
 
+impl Service {
+    /// Where it is, if it is outside the mesh.
+    pub fn destination(&self) -> Option<&Arc<Destination>> {
+        self.defaults.destination.as_ref()
+    }
+
+    /// A service outside the mesh. What is called at its addresses is captured like everything at virtual ones.
+    pub fn outside(
+        name: ServiceName,
+        destination: &Destination,
+        defaults: ServiceDefaults,
+    ) -> Self {
+        Self {
+            name,
+            instances: vec![],
+            explicit_addresses: destination.addresses(),
+            ports: Ports::Listed(BTreeSet::from([destination.port])),
+            defaults,
+        }
+    }
+}
+
 /// At which ports of its virtual addresses a service answers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ports {
@@ -62,6 +86,8 @@ pub struct ServiceDefaults {
     pub max_inbound_connections: Option<u32>,
     /// `UpstreamConfig.Defaults.ConnectTimeoutMs` or `LocalConnectTimeoutMs`: the dial to the application.
     pub local_connect_timeout: Option<std::time::Duration>,
+    /// `Destination`: where the service is, if it is outside the mesh. Such a service has no instances.
+    pub destination: Option<Arc<Destination>>,
 }
 
 /// One running copy of a service.

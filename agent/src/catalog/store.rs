@@ -95,6 +95,11 @@ impl Catalog {
             };
             let addresses = self.addresses.get(&service.name).into_iter().flatten();
             for address in addresses.map(IpAddr::to_canonical) {
+                // An address of its own is virtual, and no other port of it is anybody's.
+                if service.explicit_addresses.contains(&address) && service.destination().is_some()
+                {
+                    targets.real.insert(address);
+                }
                 match &service.ports {
                     Ports::Listed(ports) => targets.ports.extend(
                         ports
@@ -125,9 +130,10 @@ impl Catalog {
     }
 }
 
+/// What is outside the mesh has no health here: whether it answers is seen when it is called.
 fn is_reachable(service: &Service) -> bool {
     let mut instances = service.instances.iter();
-    instances.any(|instance| instance.weight() > 0)
+    service.destination().is_some() || instances.any(|instance| instance.weight() > 0)
 }
 
 /// The number by which the kernel knows a service.
@@ -371,6 +377,29 @@ mod tests {
             assert_eq!(publish(change), None);
             assert_eq!(publish(&|_| {}), None, "and back");
         }
+    }
+
+    #[test]
+    fn what_is_outside_can_be_called_without_an_instance() {
+        use crate::catalog::destination::Destination;
+        let store = store();
+        let destination = Destination::read(&["192.0.2.7".to_owned()], 443).unwrap();
+        let defaults = ServiceDefaults {
+            destination: Some(destination.clone().into()),
+            ..ServiceDefaults::default()
+        };
+        let service = Service::outside("api".parse().unwrap(), &destination, defaults);
+        let mut snapshot = snapshot(&["web"]);
+        snapshot
+            .services
+            .insert(service.name.clone(), service.into());
+        assert!(store.publish(snapshot).is_empty());
+        let targets = store.current().vip_targets(&BTreeMap::new());
+        let reachable = targets.ports.iter().filter(|(_, target)| target.reachable);
+        let reachable: Vec<String> = reachable.map(|(at, _)| at.to_string()).collect();
+        assert_eq!(reachable, ["192.0.2.7:443"]);
+        // What is at its other ports is not ours.
+        assert_eq!(targets.real, [IpAddr::from([192, 0, 2, 7])].into());
     }
 
     #[test]

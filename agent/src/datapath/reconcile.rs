@@ -104,7 +104,9 @@ fn wanted(desired: &VipTargets) -> (BTreeMap<VipKey, VipValue>, BTreeMap<Address
         let address = Address::from_ip(destination.ip());
         let key = VipKey::new(address, PortBe::from_host(destination.port()));
         vips.insert(key, VipValue::new(&key, in_kernel(target)));
-        addresses.insert(address, KnownAddress::listed_ports(&address));
+        if !desired.real.contains(&destination.ip()) {
+            addresses.insert(address, KnownAddress::listed_ports(&address));
+        }
     }
     for (ip, target) in &desired.any_port {
         let address = Address::from_ip(*ip);

@@ -1,7 +1,7 @@
 //! What the rest of the agent says to the datapath and hears from it.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
@@ -107,6 +107,8 @@ pub struct VipTargets {
     pub ports: BTreeMap<SocketAddr, VipTarget>,
     /// Who answers at every port of an address that `ports` does not have.
     pub any_port: BTreeMap<IpAddr, VipTarget>,
+    /// Addresses of hosts outside the mesh: what is not in `ports` is not ours there, and passes.
+    pub real: BTreeSet<IpAddr>,
 }
 
 impl VipTargets {

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    sync::Arc,
     time::Duration,
 };
 
@@ -9,18 +10,25 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::{
-    catalog::model::{ServiceDefaults, ServiceName},
+    catalog::{
+        destination::Destination,
+        model::{ServiceDefaults, ServiceName},
+    },
     consul::{answers::List, judge::Content},
 };
 
 /// `/v1/config/service-defaults`
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(from = "List<DefaultsEntry>")]
-pub(super) struct AllDefaults(pub(super) BTreeMap<ServiceName, ServiceDefaults>);
+pub(super) struct AllDefaults {
+    pub(super) by_service: BTreeMap<ServiceName, ServiceDefaults>,
+    /// Destinations that cannot be called.
+    pub(super) problems: Vec<String>,
+}
 
 impl Content for AllDefaults {
     fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.by_service.is_empty()
     }
 }
 
@@ -35,19 +43,43 @@ struct DefaultsEntry {
     max_inbound_connections: Option<i64>,
     #[serde(default)]
     local_connect_timeout_ms: Option<i64>,
+    #[serde(default)]
+    destination: Option<DestinationEntry>,
+}
+
+/// Since Consul 1.13. Source: Consul's documentation, "Service defaults configuration reference", `Destination`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct DestinationEntry {
+    #[serde(default)]
+    addresses: Option<Vec<String>>,
+    #[serde(default)]
+    port: i64,
 }
 
 impl From<List<DefaultsEntry>> for AllDefaults {
     fn from(List(entries): List<DefaultsEntry>) -> Self {
-        let read = |entry: DefaultsEntry| {
+        let mut problems = vec![];
+        let mut read = |entry: DefaultsEntry| {
+            let name: ServiceName = entry.name.parse().ok()?;
+            let destination = entry.destination.and_then(|it| {
+                let addresses = it.addresses.unwrap_or_default();
+                let read = Destination::read(&addresses, it.port);
+                read.map_err(|error| problems.push(format!("service-defaults {name}: {error}")))
+                    .ok()
+            });
             let defaults = ServiceDefaults {
                 protocol: entry.protocol.filter(|protocol| !protocol.is_empty()),
                 max_inbound_connections: entry.max_inbound_connections.and_then(positive),
                 local_connect_timeout: entry.local_connect_timeout_ms.and_then(milliseconds),
+                destination: destination.map(Arc::new),
             };
-            Some((entry.name.parse().ok()?, defaults))
+            Some((name, defaults))
         };
-        Self(entries.into_iter().filter_map(read).collect())
+        Self {
+            by_service: entries.into_iter().filter_map(&mut read).collect(),
+            problems,
+        }
     }
 }
 
@@ -89,6 +121,7 @@ impl From<List<GlobalEntry>> for Global {
                     .map(str::to_owned),
                 max_inbound_connections: number("max_inbound_connections").and_then(positive),
                 local_connect_timeout: number("local_connect_timeout_ms").and_then(milliseconds),
+                destination: None,
             },
             listed,
         }
@@ -106,6 +139,7 @@ impl Global {
                 .max_inbound_connections
                 .or(global.max_inbound_connections),
             local_connect_timeout: own.local_connect_timeout.or(global.local_connect_timeout),
+            destination: own.destination,
         }
     }
 }
@@ -184,7 +218,7 @@ mod tests {
             {"Kind": "service-defaults", "Name": "no name!"},
         ]))
         .unwrap();
-        assert_eq!(all.0.len(), 2);
+        assert_eq!(all.by_service.len(), 2);
         let global: Global = from_value(json!([
             {"Kind": "proxy-defaults", "Name": "other", "Config": {"protocol": "grpc"}},
             {"Kind": "proxy-defaults", "Name": "global",
@@ -192,7 +226,7 @@ mod tests {
         ]))
         .unwrap();
         let of = |name: &str| {
-            let defaults = global.under(all.0.get(&name.parse().unwrap()));
+            let defaults = global.under(all.by_service.get(&name.parse().unwrap()));
             (
                 defaults.protocol,
                 defaults.max_inbound_connections,
@@ -206,6 +240,37 @@ mod tests {
         let none: Global = from_value(json!(null)).unwrap();
         assert!(none.is_empty());
         assert_eq!(none.under(None), ServiceDefaults::default());
+    }
+
+    /// As Consul's documentation has it, "Service defaults configuration reference": the Consul that tests are run with
+    /// is older and knows no destinations.
+    #[test]
+    fn a_destination_is_read_as_documented() {
+        let all: AllDefaults = from_value(json!([
+            {"Kind": "service-defaults", "Name": "payments", "Protocol": "tcp",
+             "MeshGateway": {}, "Expose": {}, "TransparentProxy": {},
+             "Destination": {"Addresses": ["api.example.com"], "Port": 443},
+             "CreateIndex": 18, "ModifyIndex": 18},
+            {"Kind": "service-defaults", "Name": "legacy",
+             "Destination": {"Addresses": ["192.0.2.9", "192.0.2.10"], "Port": 5432}},
+            {"Kind": "service-defaults", "Name": "both",
+             "Destination": {"Addresses": ["a.test", "192.0.2.9"], "Port": 443}},
+            {"Kind": "service-defaults", "Name": "none", "Destination": null},
+        ]))
+        .unwrap();
+        let place = |name: &str| {
+            let defaults = &all.by_service[&name.parse().unwrap()];
+            let own = Global::default().under(Some(defaults)).destination;
+            own.map(|destination| destination.to_string())
+        };
+        assert_eq!(place("payments").unwrap(), "api.example.com:443");
+        let legacy = "192.0.2.9:5432 192.0.2.10:5432";
+        assert_eq!(place("legacy").unwrap(), legacy);
+        assert_eq!((place("both"), place("none")), (None, None));
+        let [problem] = all.problems.as_slice() else {
+            panic!("{:?}", all.problems);
+        };
+        assert!(problem.contains("both: destination.addresses: \"a.test\" beside others"));
     }
 
     #[test]

@@ -17,9 +17,12 @@ use super::{
     format::{self, Format},
 };
 use crate::{
-    catalog::model::{
-        self, Health, Instance, Intention, IntentionAction, IntentionMatch, NodeName, ServiceName,
-        Weights,
+    catalog::{
+        destination::Destination,
+        model::{
+            self, Health, Instance, Intention, IntentionAction, IntentionMatch, NodeName,
+            ServiceName, Weights,
+        },
     },
     whole_number::Whole,
 };
@@ -95,7 +98,7 @@ fn read_document(
             service_intentions(typed(document)?, content)
         }
         Some(Ok(kind)) if kind == "service-defaults" => {
-            let (name, defaults) = service_defaults(typed(document)?, content);
+            let (name, defaults) = service_defaults(typed(document)?, content)?;
             content.defaults.push((name, defaults));
             Ok(())
         }
@@ -338,7 +341,12 @@ fn side(key: &str, name: &str, namespace: Option<&str>) -> Result<IntentionMatch
 fn service_defaults(
     entry: ServiceDefaults,
     content: &mut Content,
-) -> (ServiceName, model::ServiceDefaults) {
+) -> Result<(ServiceName, model::ServiceDefaults), String> {
+    let destination = entry
+        .destination
+        .map(|it| Destination::read(&it.addresses.0, it.port))
+        .transpose()
+        .map_err(|error| format!("service-defaults {}: {error}", entry.name))?;
     let unused: Vec<&str> = entry
         .rest
         .keys()
@@ -362,6 +370,7 @@ fn service_defaults(
             .local_connect_timeout_ms
             .filter(|ms| *ms != 0)
             .map(Duration::from_millis),
+        destination: destination.map(Arc::new),
     };
-    (entry.name, defaults)
+    Ok((entry.name, defaults))
 }

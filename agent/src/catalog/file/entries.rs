@@ -140,8 +140,18 @@ pub(super) struct ServiceDefaults {
     pub(super) protocol: Option<String>,
     pub(super) max_inbound_connections: Option<Whole<u32>>,
     pub(super) local_connect_timeout_ms: Option<u64>,
+    pub(super) destination: Option<Destination>,
     #[serde(flatten)]
     pub(super) rest: BTreeMap<String, Value>,
+}
+
+/// Where a service is that is outside the mesh.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Destination {
+    #[serde(default)]
+    pub(super) addresses: OneOrMany<String>,
+    pub(super) port: i64,
 }
 
 /// An intention as Consul's API had it before 1.9.

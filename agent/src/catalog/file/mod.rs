@@ -21,8 +21,12 @@ use std::{
 };
 
 use self::content::{Content, Registered};
-use super::model::{
-    InstanceId, Intention, IntentionMatch, NodeName, Ports, Service, ServiceName, Snapshot,
+use super::{
+    destination::{Destination, HostName},
+    model::{
+        Instance, InstanceId, Intention, IntentionMatch, NodeName, Ports, Service, ServiceDefaults,
+        ServiceName, Snapshot,
+    },
 };
 
 /// What a file may leave out.
@@ -148,6 +152,7 @@ impl FileSource {
         let mut intentions: Vec<Intention> = Vec::new();
         let mut pairs: HashSet<(IntentionMatch, IntentionMatch)> = HashSet::new();
         let mut with_defaults: HashSet<&ServiceName> = HashSet::new();
+        let mut outside = Outside::default();
         for (file, content) in &self.last_good {
             let mut tell = |severity, message| {
                 problems.push(Problem {
@@ -196,6 +201,7 @@ impl FileSource {
             for (name, defaults) in &content.defaults {
                 if with_defaults.insert(name) {
                     services.entry(name.clone()).or_default().defaults = defaults.clone();
+                    outside.add(file, name, defaults);
                 } else {
                     tell(
                         Severity::Error,
@@ -207,6 +213,7 @@ impl FileSource {
                 tell(Severity::Note, note.clone());
             }
         }
+        outside.check(&mut services, problems);
         let services = services
             .into_iter()
             .map(|(name, building)| (name.clone(), Arc::new(building.finish(name))))
@@ -221,13 +228,56 @@ impl FileSource {
     }
 }
 
+/// Destinations outside the mesh, in the order in which they are said.
+#[derive(Debug, Default)]
+struct Outside<'a> {
+    destinations: Vec<(&'a PathBuf, &'a ServiceName, &'a Destination)>,
+}
+
+impl<'a> Outside<'a> {
+    fn add(&mut self, file: &'a PathBuf, name: &'a ServiceName, defaults: &'a ServiceDefaults) {
+        let destination = defaults.destination.as_deref();
+        self.destinations
+            .extend(destination.map(|destination| (file, name, destination)));
+    }
+
+    /// Leaves out what cannot be: a service that is both inside and outside, and one host of two services.
+    fn check(&self, services: &mut BTreeMap<ServiceName, Building>, problems: &mut Vec<Problem>) {
+        let mut hosts: BTreeMap<&HostName, &ServiceName> = BTreeMap::new();
+        for (file, name, destination) in &self.destinations {
+            let Some(service) = services.get_mut(*name) else {
+                continue;
+            };
+            let conflict = if service.instances.is_empty() {
+                let host = destination.host();
+                let owner = host.map(|host| (host, *hosts.entry(host).or_insert(name)));
+                owner
+                    .filter(|(_, owner)| owner != name)
+                    .map(|(host, owner)| format!("{host} is the destination of {owner}"))
+            } else {
+                Some("the service has instances".to_owned())
+            };
+            if let Some(conflict) = conflict {
+                service.defaults.destination = None;
+                problems.push(Problem {
+                    file: (*file).clone(),
+                    severity: Severity::Error,
+                    message: format!(
+                        "service-defaults {name}: {conflict}: its destination is left out"
+                    ),
+                });
+            }
+        }
+    }
+}
+
 /// A service while its registrations are being collected.
 #[derive(Debug, Default)]
 struct Building {
-    instances: Vec<Arc<super::model::Instance>>,
+    instances: Vec<Arc<Instance>>,
     explicit_addresses: BTreeSet<IpAddr>,
     virtual_ports: BTreeSet<u16>,
-    defaults: super::model::ServiceDefaults,
+    defaults: ServiceDefaults,
 }
 
 impl Building {
@@ -239,6 +289,9 @@ impl Building {
     }
 
     fn finish(mut self, name: ServiceName) -> Service {
+        if let Some(destination) = self.defaults.destination.clone() {
+            return Service::outside(name, &destination, self.defaults);
+        }
         self.instances
             .sort_by(|a, b| (&a.id, &a.node).cmp(&(&b.id, &b.node)));
         let ports = if self.virtual_ports.is_empty() {

@@ -414,3 +414,105 @@ async fn a_burst_of_changes_is_published_as_one_snapshot() {
         "{publications} publications of one burst"
     );
 }
+
+const API: &str = "kind: service-defaults\nname: api\nprotocol: tcp\n\
+                   destination: { addresses: [API.example.com.], port: 443 }\n";
+
+fn destination(loaded: &Loaded, name: &str) -> Option<String> {
+    let service = &loaded.snapshot.services[&name.parse().unwrap()];
+    service.destination().map(ToString::to_string)
+}
+
+#[test]
+fn a_service_outside_the_mesh_is_read_in_every_spelling() {
+    let json = r#"{"Kind": "service-defaults", "Name": "api", "Protocol": "tcp",
+                   "Destination": {"Addresses": ["api.example.com"], "Port": 443}}"#;
+    let hcl = "Kind = \"service-defaults\"\nName = \"api\"\nProtocol = \"tcp\"\n\
+               Destination {\n  Addresses = [\"api.example.com\"]\n  Port = 443\n}\n";
+    for (file, text) in [("api.yaml", API), ("api.json", json), ("api.hcl", hcl)] {
+        let loaded = Directory::new(&[(file, text)]).source().load();
+        assert_eq!(loaded.problems, [], "{file}");
+        let api = &loaded.snapshot.services[&"api".parse().unwrap()];
+        assert_eq!(destination(&loaded, "api").unwrap(), "api.example.com:443");
+        assert_eq!(api.ports, Ports::Listed([443].into()));
+        assert!(api.explicit_addresses.is_empty() && api.instances.is_empty());
+    }
+    let addresses = "kind: service-defaults\nname: legacy\n\
+                     destination: { addresses: [192.0.2.7, \"2001:db8::7\"], port: 5432 }\n";
+    let loaded = Directory::new(&[("legacy.yaml", addresses)])
+        .source()
+        .load();
+    let legacy = &loaded.snapshot.services[&"legacy".parse().unwrap()];
+    let expected = ["192.0.2.7", "2001:db8::7"].map(|a| a.parse().unwrap());
+    assert_eq!(legacy.explicit_addresses, expected.into());
+    assert_eq!(legacy.ports, Ports::Listed([5432].into()));
+}
+
+#[test]
+fn a_destination_that_cannot_be_is_told_with_its_place() {
+    let table = [
+        (
+            "destination: { addresses: [\"*.example.com\"], port: 443 }",
+            "document 1: service-defaults api: destination.addresses: \"*.example.com\"",
+        ),
+        (
+            "destination: { addresses: [a.test, b.test], port: 443 }",
+            "each host name is a service of its own",
+        ),
+        (
+            "destination: { addresses: [127.0.0.1], port: 443 }",
+            "127.0.0.1: expected a unicast address",
+        ),
+        (
+            "destination: { addresses: [a.test], port: 0 }",
+            "destination.port: 0: expected 1 to 65535",
+        ),
+        (
+            "destination: { addresses: [a.test] }",
+            "missing field `port`",
+        ),
+        (
+            "destination: { adresses: [a.test], port: 443 }",
+            "unknown field `adresses`",
+        ),
+    ];
+    for (text, expected) in table {
+        let file = format!("kind: service-defaults\nname: api\n{text}\n");
+        let loaded = Directory::new(&[("api.yaml", &file)]).source().load();
+        let problem = only_problem(&loaded);
+        assert!(problem.contains(expected), "{text}: {problem}");
+        assert!(loaded.snapshot.services.is_empty());
+    }
+}
+
+#[test]
+fn two_services_cannot_have_one_host_nor_one_be_inside_and_outside() {
+    let other = API.replace("name: api", "name: other");
+    let loaded = Directory::new(&[("a.yaml", API), ("b.yaml", &other)])
+        .source()
+        .load();
+    assert!(loaded.problems[0].file.ends_with("b.yaml"));
+    assert_eq!(
+        only_problem(&loaded),
+        "service-defaults other: api.example.com is the destination of api: its destination is left out"
+    );
+    assert!(destination(&loaded, "api").is_some());
+    assert_eq!(destination(&loaded, "other"), None);
+
+    let again = Directory::new(&[("a.yaml", API), ("b.yaml", API)])
+        .source()
+        .load();
+    assert!(only_problem(&again).contains("a second service-defaults for api"));
+
+    let inside = "service: {name: api, port: 80}\n";
+    let loaded = Directory::new(&[("a.yaml", API), ("b.yaml", inside)])
+        .source()
+        .load();
+    assert_eq!(
+        only_problem(&loaded),
+        "service-defaults api: the service has instances: its destination is left out"
+    );
+    assert_eq!(destination(&loaded, "api"), None);
+    let api = &loaded.snapshot.services[&"api".parse().unwrap()];
+    assert_eq!(api.ports, Ports::Listed([80].into()));
+}

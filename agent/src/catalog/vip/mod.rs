@@ -27,6 +27,16 @@ pub struct VipPools {
     pub ipv6: Ipv6Net,
 }
 
+impl VipPools {
+    /// The range that an address is in, if it is in one.
+    pub fn range_of(&self, address: IpAddr) -> Option<String> {
+        match address.to_canonical() {
+            IpAddr::V4(v4) => self.ipv4.contains(&v4).then(|| self.ipv4.to_string()),
+            IpAddr::V6(v6) => self.ipv6.contains(&v6).then(|| self.ipv6.to_string()),
+        }
+    }
+}
+
 /// Gives out addresses. One per agent.
 #[derive(Debug)]
 pub struct VipAllocator {
@@ -81,6 +91,16 @@ pub enum VipProblem {
         owner: ServiceName,
         /// Who does not.
         refused: ServiceName,
+    },
+    /// A service outside the mesh cannot be where addresses are virtual; it is not called there.
+    #[error("the destination of {service}, {address}, is in {range}, whose addresses are virtual")]
+    VirtualDestination {
+        /// The service.
+        service: ServiceName,
+        /// Where it is said to be.
+        address: IpAddr,
+        /// The range.
+        range: String,
     },
     /// No address is left.
     #[error(
@@ -170,7 +190,7 @@ impl VipAllocator {
     pub fn assign(&mut self, snapshot: &Snapshot, now: SystemTime) -> Assigned {
         let before = self.given.clone();
         let mut assigned = Assigned::default();
-        let claimed = claim_explicit(snapshot, &mut assigned);
+        let claimed = claim_explicit(snapshot, self.pools, &mut assigned);
         self.free_gone(snapshot, now);
         let mut taken = claimed;
         self.drop_conflicting(&mut taken);
@@ -310,13 +330,34 @@ fn spread(hash: u64) -> u64 {
     mixed ^ (mixed >> 33)
 }
 
-fn claim_explicit(snapshot: &Snapshot, assigned: &mut Assigned) -> BTreeSet<IpAddr> {
-    let mut owners: BTreeMap<IpAddr, &ServiceName> = BTreeMap::new();
+fn claim_explicit(
+    snapshot: &Snapshot,
+    pools: VipPools,
+    assigned: &mut Assigned,
+) -> BTreeSet<IpAddr> {
+    let mut claims: BTreeMap<(IpAddr, Claim), &ServiceName> = BTreeMap::new();
     for (name, service) in &snapshot.services {
+        let claim = service
+            .destination()
+            .map_or(Claim::Whole, |destination| Claim::Port(destination.port));
         let canonical = service.explicit_addresses.iter().map(IpAddr::to_canonical);
         for address in canonical {
-            let owner = *owners.entry(address).or_insert(name);
-            if owner != name {
+            if service.destination().is_some()
+                && let Some(range) = pools.range_of(address)
+            {
+                assigned.problems.push(VipProblem::VirtualDestination {
+                    service: name.clone(),
+                    address,
+                    range,
+                });
+                continue;
+            }
+            let others = claims.range((address, Claim::Whole)..=(address, Claim::Port(u16::MAX)));
+            let owner = others
+                .filter(|((_, other), owner)| **owner != name && claim.conflicts_with(*other))
+                .map(|(_, owner)| *owner)
+                .min();
+            if let Some(owner) = owner {
                 assigned.problems.push(VipProblem::ClaimedTwice {
                     address,
                     owner: owner.clone(),
@@ -324,6 +365,7 @@ fn claim_explicit(snapshot: &Snapshot, assigned: &mut Assigned) -> BTreeSet<IpAd
                 });
                 continue;
             }
+            claims.insert((address, claim), name);
             assigned
                 .addresses
                 .entry(name.clone())
@@ -331,7 +373,22 @@ fn claim_explicit(snapshot: &Snapshot, assigned: &mut Assigned) -> BTreeSet<IpAd
                 .insert(address);
         }
     }
-    owners.into_keys().collect()
+    claims.into_keys().map(|(address, _)| address).collect()
+}
+
+/// What of an address a service claims.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Claim {
+    /// All of it: it is virtual.
+    Whole,
+    /// One port of a host outside the mesh.
+    Port(u16),
+}
+
+impl Claim {
+    fn conflicts_with(self, other: Self) -> bool {
+        self == other || self == Self::Whole || other == Self::Whole
+    }
 }
 
 fn read_state(path: &Path) -> io::Result<Option<BTreeMap<ServiceName, Given>>> {

@@ -232,3 +232,65 @@ proptest! {
         prop_assert_eq!(distinct.len(), given.len());
     }
 }
+
+fn outside(destinations: &[(&str, &[&str], i64)]) -> Snapshot {
+    use crate::catalog::destination::Destination;
+    let mut outside = snapshot([]);
+    for (name, addresses, port) in destinations {
+        let addresses: Vec<String> = addresses.iter().map(|a| (*a).to_owned()).collect();
+        let destination = Destination::read(&addresses, *port).unwrap();
+        let defaults = ServiceDefaults {
+            destination: Some(destination.clone().into()),
+            ..ServiceDefaults::default()
+        };
+        let service = Service::outside(name.parse().unwrap(), &destination, defaults);
+        outside
+            .services
+            .insert(service.name.clone(), service.into());
+    }
+    outside
+}
+
+#[test]
+fn one_address_outside_may_have_a_service_at_each_port() {
+    let mut snapshot = outside(&[
+        ("db", &["192.0.2.7"], 5432),
+        ("other", &["192.0.2.7"], 443),
+        ("web", &["192.0.2.7"], 443),
+    ]);
+    let virtual_one = self::snapshot([("zone", Some("192.0.2.7"))]);
+    snapshot.services.extend(virtual_one.services);
+    let assigned = allocator("240.0.0.0/4", None).assign(&snapshot, at(0));
+    let names: Vec<&str> = assigned.addresses.keys().map(ServiceName::as_str).collect();
+    assert_eq!(names, ["db", "other"]);
+    let problems: Vec<String> = assigned.problems.iter().map(ToString::to_string).collect();
+    assert_eq!(
+        problems,
+        [
+            "services other and web both claim the address 192.0.2.7: other has it",
+            "services db and zone both claim the address 192.0.2.7: db has it",
+        ]
+    );
+}
+
+#[test]
+fn a_destination_outside_is_not_where_addresses_are_virtual() {
+    let outside = outside(&[
+        ("host", &["api.example.com"], 443),
+        ("good", &["192.0.2.7"], 443),
+        ("bad", &["192.0.2.8", "10.9.0.1", "fd00:1::7"], 443),
+    ]);
+    let assigned = allocator("10.9.0.0/16", None).assign(&outside, at(0));
+    let of = |name: &str| &assigned.addresses[&name.parse().unwrap()];
+    assert_eq!(of("host").len(), 2, "addresses of its own");
+    assert_eq!(of("good"), &BTreeSet::from(["192.0.2.7".parse().unwrap()]));
+    assert_eq!(of("bad"), &BTreeSet::from(["192.0.2.8".parse().unwrap()]));
+    let problems: Vec<String> = assigned.problems.iter().map(ToString::to_string).collect();
+    assert_eq!(
+        problems,
+        [
+            "the destination of bad, 10.9.0.1, is in 10.9.0.0/16, whose addresses are virtual",
+            "the destination of bad, fd00:1::7, is in fd00:1::/64, whose addresses are virtual",
+        ]
+    );
+}

@@ -83,6 +83,7 @@ fn try_rules(variant: Variant, family: Family) -> Result<(), ToolError> {
             .map(|address: IpAddr| ((address, 1).into(), target))
             .into(),
         any_port: addresses.map(|address| (address, target)).into(),
+        ..VipTargets::default()
     };
     let content = rules::content(&scope, family, &desired, &BTreeSet::new());
     let present = Present::read(&tool::save(variant, family)?);

@@ -255,6 +255,7 @@ impl Iptables {
             for (at, target) in &before.desired.any_port {
                 after.desired.any_port.entry(*at).or_insert(*target);
             }
+            after.desired.real.extend(&before.desired.real);
         }
         let (old, new) = (&before.desired, &after.desired);
         let [of_ports, of_any] = [
@@ -280,6 +281,7 @@ impl Iptables {
         let mut desired = known.desired.clone();
         desired.ports.extend(&some.ports);
         desired.any_port.extend(&some.any_port);
+        desired.real.extend(&some.real);
         let undesired = if known.keeps {
             Undesired::Keep
         } else {

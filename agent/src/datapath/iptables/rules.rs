@@ -101,7 +101,9 @@ pub(super) fn content(
     let mut closed: BTreeSet<IpAddr> = known.clone();
     closed.extend(desired.ports.keys().map(SocketAddr::ip));
     closed.extend(desired.any_port.keys());
-    closed.retain(|address| ours(*address) && !scope.is_in_range(*address));
+    closed.retain(|address| {
+        ours(*address) && !scope.is_in_range(*address) && !desired.real.contains(address)
+    });
 
     let agent = quoted(&scope.agent);
     let [mut filter, mut nat] = [REFUSE, CAPTURE].map(|chain| {
@@ -128,6 +130,15 @@ pub(super) fn content(
     }
     for address in closed {
         line(&mut filter, &refuse(&address.to_string()));
+    }
+    for at in desired.ports.keys().filter(|at| ours(at.ip())) {
+        if desired.real.contains(&at.ip()) {
+            let (address, port) = (at.ip(), at.port());
+            let rule = format!(
+                "-A {REFUSE} -d {address} -p tcp -m tcp --dport {port} -j REJECT --reject-with tcp-reset"
+            );
+            line(&mut filter, &rule);
+        }
     }
     for range in scope.ranges(family) {
         line(&mut nat, &format!("-A {CAPTURE} -d {range} -j {VIRTUAL}"));
@@ -336,7 +347,26 @@ mod tests {
         let targets = targets.map(|(at, reachable)| (at.parse().unwrap(), target(*reachable)));
         VipTargets {
             ports: targets.collect(),
-            any_port: BTreeMap::new(),
+            ..VipTargets::default()
+        }
+    }
+
+    #[test]
+    fn of_a_host_outside_only_the_ports_that_are_listed_are_ours() {
+        let mut desired = desired(&[("192.0.2.7:443", true), ("192.0.2.8:443", true)]);
+        desired.real.insert("192.0.2.7".parse().unwrap());
+        let v4 = content(&scope(), Family::V4, &desired, &BTreeSet::new());
+        let of = |table: &str, address: &str| -> Vec<String> {
+            let lines = v4[table].lines().filter(|line| line.contains(address));
+            lines.map(str::to_owned).collect()
+        };
+        let refuse = "-A SIDESTEP_REFUSE -d 192.0.2.7 -p tcp -m tcp --dport 443 -j REJECT --reject-with tcp-reset";
+        assert_eq!(of("filter", "192.0.2.7"), [refuse]);
+        let whole = "-A SIDESTEP_REFUSE -d 192.0.2.8 -p tcp -j REJECT --reject-with tcp-reset";
+        assert_eq!(of("filter", "192.0.2.8"), [whole]);
+        for address in ["192.0.2.7", "192.0.2.8"] {
+            let [captured] = of("nat", address).try_into().unwrap();
+            assert!(captured.contains("--dport 443 -j DNAT"), "{captured}");
         }
     }
 

@@ -18,8 +18,8 @@ use super::{
 };
 use crate::{
     catalog::model::{
-        Health, Instance, Intention, IntentionAction, NodeName, Ports, Service, ServiceName,
-        Snapshot,
+        Health, Instance, Intention, IntentionAction, NodeName, Ports, Service, ServiceDefaults,
+        ServiceName, Snapshot,
     },
     identity::LocalDomain,
     policy::Intentions,
@@ -67,6 +67,8 @@ pub(super) struct State {
     chosen: BTreeSet<ServiceName>,
     /// As last built.
     built: BTreeMap<ServiceName, Arc<Service>>,
+    /// Services outside the mesh, as last built.
+    outside: BTreeMap<ServiceName, Arc<Service>>,
     /// What is to be built again.
     stale: Stale,
     was_whole: bool,
@@ -118,6 +120,7 @@ impl State {
             is_outdated: true,
             chosen: BTreeSet::new(),
             built: BTreeMap::new(),
+            outside: BTreeMap::new(),
             stale: Stale::All,
             was_whole: false,
         }
@@ -349,14 +352,41 @@ impl State {
                 }
             }
         }
+        self.build_outside();
         let policy = self.policy.clone().unwrap_or_default();
+        let mut services = self.outside.clone();
+        // Who is in the mesh is not outside it.
+        services.extend(self.built.clone());
         Snapshot {
             is_whole: self.is_whole(queries),
-            services: self.built.clone(),
+            services,
             // Names of nodes are answered by Consul.
             nodes: BTreeMap::new(),
             intentions: policy.intentions.clone(),
             default_intention: policy.default,
+        }
+    }
+
+    /// Services outside the mesh: those with a destination that Consul's catalog does not have. Whether anybody here may
+    /// call them does not matter: there is nothing to read, and who may not is to be denied.
+    fn build_outside(&mut self) {
+        let (Some(defaults), Some(names)) = (&self.defaults, &self.names) else {
+            return;
+        };
+        let mut before = std::mem::take(&mut self.outside);
+        for (name, own) in &defaults.by_service {
+            let Some(destination) = own.destination.as_ref().filter(|_| !names.contains(name))
+            else {
+                continue;
+            };
+            let defaults = match &self.global {
+                Some(global) => global.under(Some(own)),
+                None => own.clone(),
+            };
+            let now = Service::outside(name.clone(), destination, defaults);
+            let same = before.remove(name).filter(|before| **before == now);
+            self.outside
+                .insert(name.clone(), same.unwrap_or_else(|| Arc::new(now)));
         }
     }
 
@@ -381,15 +411,20 @@ impl State {
         if instances.is_empty() {
             return Built::Nothing;
         }
-        let defaults = self.defaults.as_ref().and_then(|all| all.0.get(name));
+        let all = self.defaults.as_ref();
+        let defaults = all.and_then(|all| all.by_service.get(name));
+        let defaults = match &self.global {
+            Some(global) => global.under(defaults),
+            None => defaults.cloned().unwrap_or_default(),
+        };
         Built::Service(Service {
             name: name.clone(),
             instances,
             explicit_addresses: own.explicit_addresses.clone(),
             ports: Ports::Any,
-            defaults: match &self.global {
-                Some(global) => global.under(defaults),
-                None => defaults.cloned().unwrap_or_default(),
+            defaults: ServiceDefaults {
+                destination: None,
+                ..defaults
             },
         })
     }
@@ -429,6 +464,11 @@ impl State {
             let problems = known.problems.iter();
             problems.map(move |problem| format!("service {}: {problem}", query.service))
         });
-        of_policy.chain(of_plans).chain(of_services).collect()
+        let of_defaults = self.defaults.iter().flat_map(|all| all.problems.clone());
+        of_policy
+            .chain(of_plans)
+            .chain(of_services)
+            .chain(of_defaults)
+            .collect()
     }
 }

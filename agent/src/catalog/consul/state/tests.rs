@@ -254,3 +254,50 @@ fn a_resolver_decides_whose_instances_are_called() {
         )
     );
 }
+
+#[test]
+fn a_destination_is_a_service_outside_unless_the_mesh_has_it() {
+    let mut state = state();
+    state.know(Query::of(&name("db")), known(&[("db-1", "n2", "passing")]));
+    state.know(Query::of(&name("web")), known(&[]));
+    let entry = |name: &str, host: &str| {
+        json!({"Kind": "service-defaults", "Name": name, "Protocol": "tcp",
+            "Destination": {"Addresses": [host], "Port": 443}})
+    };
+    let defaults = |entries: &[serde_json::Value]| {
+        Some(Arc::new(serde_json::from_value(json!(entries)).unwrap()))
+    };
+    state.defaults = defaults(&[
+        entry("payments", "api.example.com"),
+        entry("legacy", "192.0.2.9"),
+        // Consul knows a service of this name.
+        entry("db", "db.example.com"),
+        entry("broken", "*.example.com"),
+    ]);
+    state.rebuild();
+    let expected = ["db: db-1*1", "legacy: ", "payments: "].map(str::to_owned);
+    assert_eq!(shown(&mut state), (true, expected.to_vec()));
+    let [problem] = state.problems().try_into().unwrap();
+    assert!(
+        problem.starts_with("service-defaults broken: destination.addresses: \"*.example.com\""),
+        "{problem}"
+    );
+    let queries = state.queries();
+    let first = state.snapshot(&queries);
+    let place = |name_: &str| {
+        let service = &first.services[&name(name_)];
+        service.destination().map(ToString::to_string)
+    };
+    assert_eq!(place("payments").unwrap(), "api.example.com:443");
+    assert_eq!(place("legacy").unwrap(), "192.0.2.9:443");
+    assert_eq!(place("db"), None);
+    // What did not change is shared.
+    state.rebuild();
+    let second = state.snapshot(&queries);
+    let [before, now] = [&first, &second].map(|s| &s.services[&name("payments")]);
+    assert!(Arc::ptr_eq(before, now));
+
+    state.defaults = defaults(&[]);
+    state.rebuild();
+    assert_eq!(shown(&mut state), (true, vec!["db: db-1*1".to_owned()]));
+}
