@@ -10,6 +10,7 @@
 pub mod zone;
 pub mod server;
 pub mod forward;
+pub mod lookup;
 pub mod limit;
 pub mod captured;
 pub mod sockets;

@@ -210,5 +210,6 @@ pub(crate) fn bear(bytes: &[u8]) {
     if let Some(mut transfer) = message::transfer(bytes, bytes) {
         transfer.is_last(bytes);
     }
+    super::lookup::bear(bytes);
     super::forward::name_servers(&String::from_utf8_lossy(bytes), &[]);
 }

@@ -21,6 +21,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::grammar::{self, Asked};
 use crate::catalog::{
+    destination::HostName,
     model::{Health, Instance, NodeName, Ports, Service, ServiceName},
     store::Catalog,
 };
@@ -91,6 +92,8 @@ pub struct Zone {
     services: HashMap<String, ServiceName>,
     nodes: HashMap<String, (NodeName, IpAddr)>,
     virtual_addresses: HashMap<IpAddr, ServiceName>,
+    /// Services outside the mesh by the names of their hosts.
+    hosts: HashMap<HostName, ServiceName>,
 }
 
 /// Where an answer about an instance leads.
@@ -123,6 +126,15 @@ impl Zone {
             .iter()
             .flat_map(|(name, addresses)| addresses.iter().map(|a| (*a, name.clone())))
             .collect();
+        let mut hosts = HashMap::new();
+        for service in catalog.snapshot.services.values() {
+            let host = service.destination().and_then(|it| it.host());
+            if let Some(host) = host {
+                hosts
+                    .entry(host.clone())
+                    .or_insert_with(|| service.name.clone());
+            }
+        }
         let published = catalog.published_at.unwrap_or(UNIX_EPOCH);
         Self {
             ttl: u32::try_from(settings.ttl.as_secs()).unwrap_or(u32::MAX),
@@ -130,6 +142,7 @@ impl Zone {
             services,
             nodes,
             virtual_addresses,
+            hosts,
             settings,
             catalog,
         }
@@ -163,8 +176,36 @@ impl Zone {
                 Some(asking.answer())
             };
         }
-        self.reverse(name)
-            .map(|network| self.answer_reverse(name, network, query))
+        self.answer_host(name, query, turn).or_else(|| {
+            let network = self.reverse(name)?;
+            Some(self.answer_reverse(name, network, query))
+        })
+    }
+
+    /// The answer for the host of a service outside the mesh: the service's virtual addresses. Other records are for
+    /// others to tell, but not those that have addresses in them (RFC 9460).
+    fn answer_host(&self, name: &Name, query: RecordType, turn: usize) -> Option<Answer> {
+        let is_ours = matches!(
+            query,
+            RecordType::A
+                | RecordType::AAAA
+                | RecordType::ANY
+                | RecordType::HTTPS
+                | RecordType::SVCB
+        );
+        if !is_ours || self.hosts.is_empty() {
+            return None;
+        }
+        let host: HostName = name.to_ascii().parse().ok()?;
+        let service = self.catalog.service(self.hosts.get(&host)?)?;
+        let asking = Asking {
+            zone: self,
+            name,
+            apex: name.clone(),
+            query,
+            turn,
+        };
+        Some(asking.virtual_addresses(service))
     }
 
     /// The service that `name` would lead to if the mesh has it, in a [shared](ZoneSettings::shared) domain. `None` if

@@ -476,3 +476,92 @@ fn in_a_shared_domain_only_what_leads_to_virtual_addresses_is_ours() {
         assert_eq!(answer.is_some(), ours, "{name}");
     }
 }
+
+/// A zone of `api` at the host `API.example.com`, of `legacy` at an address, and of `web`.
+fn with_outside(shared: bool) -> Zone {
+    use crate::catalog::{
+        destination::Destination,
+        model::{ServiceDefaults, Snapshot},
+        store::CatalogStore,
+        vip::{VipAllocator, VipPools},
+    };
+    let outside = |name: &str, place: &str, explicit: &[&str]| {
+        let destination = Destination::read(&[place.to_owned()], 443).unwrap();
+        let defaults = ServiceDefaults {
+            destination: Some(Arc::new(destination.clone())),
+            ..ServiceDefaults::default()
+        };
+        let mut service = Service::outside(name.parse().unwrap(), &destination, defaults);
+        service
+            .explicit_addresses
+            .extend(explicit.iter().map(|a| a.parse::<IpAddr>().unwrap()));
+        (service.name.clone(), Arc::new(service))
+    };
+    let pools = VipPools {
+        ipv4: "240.1.0.0/16".parse().unwrap(),
+        ipv6: "fd01::/64".parse().unwrap(),
+    };
+    let store = CatalogStore::new(VipAllocator::new(pools, None, Duration::ZERO).0);
+    let problems = store.publish(Snapshot {
+        is_whole: true,
+        services: BTreeMap::from([
+            outside("api", "API.example.com", &["240.0.0.20", "fd00::20"]),
+            outside("legacy", "192.0.2.7", &[]),
+        ]),
+        ..Snapshot::default()
+    });
+    assert!(problems.is_empty(), "{problems:?}");
+    let settings = ZoneSettings {
+        shared,
+        ..testing::settings(ServiceAnswers::Virtual)
+    };
+    Zone::new(Arc::new(settings), store.current())
+}
+
+#[test]
+fn the_host_of_a_service_outside_leads_to_virtual_addresses() {
+    use hickory_proto::rr::RecordType::{CNAME, HTTPS, SVCB};
+    for shared in [false, true] {
+        let zone = with_outside(shared);
+        for (name, query, expected) in [
+            ("api.example.com.", A, "api.example.com. A 240.0.0.20"),
+            ("Api.Example.COM.", A, "Api.Example.COM. A 240.0.0.20"),
+            ("api.example.com.", AAAA, "api.example.com. AAAA fd00::20"),
+            ("api.virtual.consul.", A, "api.virtual.consul. A 240.0.0.20"),
+            (
+                "legacy.virtual.consul.",
+                A,
+                "legacy.virtual.consul. A 192.0.2.7",
+            ),
+        ] {
+            assert_answer(&zone, name, query, &["NoError", expected]);
+        }
+        assert_answer(
+            &zone,
+            "api.example.com.",
+            ANY,
+            &[
+                "NoError",
+                "api.example.com. A 240.0.0.20",
+                "api.example.com. AAAA fd00::20",
+            ],
+        );
+        // What has addresses in it would lead around the mesh.
+        for query in [HTTPS, SVCB] {
+            let none = ["NoError", "authority api.example.com."];
+            assert_answer(&zone, "api.example.com.", query, &none);
+        }
+        for (name, query) in [
+            ("api.example.com.", MX),
+            ("api.example.com.", TXT),
+            ("api.example.com.", CNAME),
+            ("example.com.", A),
+            ("www.api.example.com.", A),
+            ("api.example.com.test.", A),
+            ("192.0.2.7.", A),
+        ] {
+            let answer = zone.answer(&name.parse().unwrap(), query, 0);
+            assert_eq!(answer, None, "{name} {query}");
+        }
+    }
+}
