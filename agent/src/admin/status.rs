@@ -1,6 +1,9 @@
 //! What the agent says of itself. `sidestep status --json` prints it as it is here: field names are API.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -194,6 +197,20 @@ pub struct ServiceStatus {
     pub instances: usize,
     /// How many of them take traffic.
     pub available: usize,
+    /// Where it is, if it is outside the mesh; it has no instances then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub destination: Option<DestinationStatus>,
+}
+
+/// Where a service is that is outside the mesh.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DestinationStatus {
+    /// As the catalog says it: `host:port`, or addresses with ports.
+    pub place: String,
+    /// Where connections go now.
+    pub endpoints: Vec<SocketAddr>,
+    /// Why there are none, or none that are new.
+    pub problem: Option<String>,
 }
 
 /// The built-in certificate authority.

@@ -155,7 +155,14 @@ fn sections(status: &Status, text: &mut String) {
         status.services.iter().map(|service| {
             let addresses: Vec<String> =
                 service.addresses.iter().map(ToString::to_string).collect();
-            let available = format!("{}/{} available", service.available, service.instances);
+            let available = match &service.destination {
+                Some(destination) => format!(
+                    "outside at {}, {} addresses",
+                    destination.place,
+                    destination.endpoints.len()
+                ),
+                None => format!("{}/{} available", service.available, service.instances),
+            };
             vec![
                 service.name.clone(),
                 addresses.join(" "),

@@ -136,6 +136,8 @@ impl Follower {
         let catalog = node.catalog.current();
         node.decide_by(&catalog.snapshot);
         self.follow_local();
+        // Before the kernel leads anybody to them.
+        node.outbound.destinations.follow(&catalog);
         self.follow_in_kernel(&catalog);
         node.in_kernel.send_replace(Arc::clone(&catalog));
         let found = self.local.as_ref().map(LocalFollower::found);

@@ -12,6 +12,7 @@ use crate::{
         captured::CapturedQueries,
         forward::{Forwarder, ResolvConf, Upstreams},
         limit::RateLimit,
+        lookup::Lookup,
         server::{DnsListener, Gate},
         zone::ZoneSettings,
     },
@@ -112,6 +113,11 @@ pub(super) fn serve(node: &Arc<Node>) -> Result<(), NodeError> {
         tracing::info!(%address, domain = %dns.domain, "answering names");
     }
     Ok(())
+}
+
+/// Looks names up for the agent itself, at the same upstreams, whether or not it answers names.
+pub(super) fn lookup(dns: &DnsConfig) -> Lookup {
+    Lookup::new(Forwarder::new(upstreams(dns)))
 }
 
 fn upstreams(dns: &DnsConfig) -> Upstreams {

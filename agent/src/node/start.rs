@@ -53,6 +53,7 @@ use crate::{
     outbound::{
         Outbound, OutboundSettings,
         balance::{Balancer, Ejection},
+        destinations::{Destinations, Own},
         listeners::CaptureNamespaces,
     },
     policy::{Intentions, PolicyStore},
@@ -191,6 +192,11 @@ impl Common {
             policy: Arc::clone(&self.policy),
             certificates: self.certificates.clone(),
             balancer: Balancer::default(),
+            destinations: Destinations::new(
+                super::names::lookup(&config.dns),
+                own_listeners(config),
+                self.shutdown.clone(),
+            ),
             hbone: Pool::new(
                 self.certificates.clone(),
                 self.shutdown.clone(),
@@ -412,6 +418,21 @@ pub(crate) fn vip_ranges(config: &Config) -> VipRanges {
     VipRanges {
         ipv4: config.capture.ipv4_range,
         ipv6: config.capture.ipv6_range,
+    }
+}
+
+/// What is no destination outside the mesh.
+fn own_listeners(config: &Config) -> Own {
+    let ports = [config.capture.port, config.tunnel.port].into_iter();
+    let metrics = config.telemetry.metrics.map(|address| address.port());
+    let dns = config.dns.listen.iter().map(std::net::SocketAddr::port);
+    Own {
+        virtual_ranges: vip_pools(config),
+        ports: ports
+            .chain(config.tunnel.hbone_port)
+            .chain(metrics)
+            .chain(dns)
+            .collect(),
     }
 }
 

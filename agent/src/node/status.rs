@@ -18,14 +18,11 @@ use crate::{
         StatusSource,
         status::{
             AttachmentStatus, CatalogStatus, CertificateStatus, ConnectionCounts, ConnectionStatus,
-            EffectStatus, HeartbeatStatus, IntentionStatus, ListenerStatus, QueriesStatus,
-            ServiceStatus, Status, WorkloadStatus,
+            DestinationStatus, EffectStatus, HeartbeatStatus, IntentionStatus, ListenerStatus,
+            QueriesStatus, ServiceStatus, Status, WorkloadStatus,
         },
     },
-    catalog::{
-        model::{IntentionAction, Ports, ServiceName, Snapshot},
-        store::Catalog,
-    },
+    catalog::model::{IntentionAction, Ports, Service, ServiceName, Snapshot},
     config::WorkloadRule,
     datapath::Verdict,
     health::Effect,
@@ -81,7 +78,7 @@ impl StatusSource for Operators {
             queries: queries(node),
             catalog: catalog_status(node),
             consul: node.consul.as_ref().map(ConsulParts::status),
-            services: services(&node.catalog.current()),
+            services: services(node),
             authority: node.authority.status(),
             certificates: certificates(node),
             connections: ConnectionCounts {
@@ -255,8 +252,18 @@ fn catalog_status(node: &Node) -> CatalogStatus {
     }
 }
 
-fn services(catalog: &Catalog) -> Vec<ServiceStatus> {
-    let describe = |(name, service): (&_, &Arc<crate::catalog::model::Service>)| ServiceStatus {
+fn services(node: &Node) -> Vec<ServiceStatus> {
+    let catalog = node.catalog.current();
+    let destinations = node.outbound.destinations.all();
+    let destination = |service: &Service| {
+        let endpoints = destinations.get(&service.name);
+        Some(DestinationStatus {
+            place: service.destination()?.to_string(),
+            endpoints: endpoints.map(|it| it.addresses()).unwrap_or_default(),
+            problem: endpoints.and_then(|it| it.problem.clone()),
+        })
+    };
+    let describe = |(name, service): (&_, &Arc<Service>)| ServiceStatus {
         name: format!("{name}"),
         addresses: catalog
             .addresses
@@ -271,6 +278,7 @@ fn services(catalog: &Catalog) -> Vec<ServiceStatus> {
         },
         instances: service.instances.len(),
         available: service.instances.iter().filter(|i| i.weight() > 0).count(),
+        destination: destination(service),
     };
     catalog.snapshot.services.iter().map(describe).collect()
 }
@@ -382,6 +390,8 @@ fn problems(node: &Node) -> Vec<String> {
     let mut problems = node.catalog_problems.lock().clone();
     problems.extend(node.kernel_problem.lock().clone());
     problems.extend(node.upstreams.lock().problems.clone());
+    let destinations = node.outbound.destinations.all();
+    problems.extend(destinations.values().filter_map(|it| it.problem.clone()));
     let (config, catalog) = (node.config.load(), node.catalog.current());
     let ranges = start::vip_pools(&config);
     problems.extend(away::problems(&config.away, &catalog, ranges));

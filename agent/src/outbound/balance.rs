@@ -137,6 +137,12 @@ impl Balancer {
         seen.retain(|key, _| known.contains(key));
     }
 
+    /// How many instances it remembers.
+    #[cfg(test)]
+    pub(super) fn remembered(&self) -> usize {
+        self.seen.lock().len()
+    }
+
     fn seen(&self, service: &ServiceName, instance: &Instance) -> Arc<Seen> {
         Arc::clone(self.seen.lock().entry(key(service, instance)).or_default())
     }

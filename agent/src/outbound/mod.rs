@@ -2,8 +2,11 @@
 //!
 //! [`Outbound::carry`] is the way itself; each step takes what the step before returned:
 //! capture -> identify -> destination -> authorise -> open -> relay.
+//!
+//! What is called outside the mesh ([`destinations`]) takes the same steps, and a plain connection for the tunnel.
 
 pub mod balance;
+pub mod destinations;
 pub mod listeners;
 mod steps;
 pub mod upstreams;
@@ -14,7 +17,11 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::net::{TcpListener, TcpStream};
 
-use self::balance::{Balancer, Ejection};
+use self::{
+    balance::{Balancer, Ejection},
+    destinations::Destinations,
+    steps::Upstream,
+};
 use crate::{
     accept::{Listener, accept_all},
     catalog::{
@@ -54,6 +61,8 @@ pub struct Outbound {
     pub certificates: Certificates,
     /// Live connections and ejections per instance.
     pub balancer: Balancer,
+    /// Where services are that are outside the mesh.
+    pub destinations: Destinations,
     /// Open connections to nodes that take tunnels of the kind `hbone`.
     pub hbone: hbone::Pool,
     /// Serves captured DNS queries, if they are captured.
@@ -280,7 +289,7 @@ impl Outbound {
         let opened = tokio::select! {
             biased;
             () = live.connection.cut() => return cut_outcome(&live.connection),
-            opened = self.open(permit, settings, record) => opened,
+            opened = self.open(permit, wanted, settings, record) => opened,
         };
         let (choice, mut upstream) = match opened {
             Ok(opened) => opened,
@@ -290,14 +299,11 @@ impl Outbound {
 
         record.enter(Stage::Relay);
         let cut = live.connection.cut();
-        let end = relay::relay(
-            downstream,
-            &mut upstream,
-            &counts,
-            settings.idle_timeout,
-            cut,
-        )
-        .await;
+        let idle = settings.idle_timeout;
+        let end = match &mut upstream {
+            Upstream::Tunnel(tunnel) => relay::relay(downstream, tunnel, &counts, idle, cut).await,
+            Upstream::Plain(stream) => relay::relay(downstream, stream, &counts, idle, cut).await,
+        };
         Outcome::of_relay(&end, || live.connection.cut_reason().unwrap_or_default())
     }
 }

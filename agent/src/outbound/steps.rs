@@ -4,7 +4,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::net::TcpStream;
 
-use super::{Asked, Outbound, OutboundSettings, Wanted, balance::Choice};
+use super::{Asked, Outbound, OutboundSettings, Wanted, balance::Choice, destinations::DialError};
 use crate::{
     catalog::{
         model::{Instance, IntentionAction, Service, ServiceName},
@@ -36,6 +36,34 @@ pub(super) struct Callee {
 pub(super) struct Permit<'a> {
     caller: &'a Caller,
     callee: &'a Callee,
+}
+
+/// What carries a connection on.
+#[derive(Debug)]
+pub(super) enum Upstream {
+    /// To another node of the mesh.
+    Tunnel(OpenTunnel),
+    /// To a host outside it, as it is.
+    Plain(TcpStream),
+}
+
+/// There is no [`Upstream`].
+#[derive(Debug, thiserror::Error)]
+pub(super) enum OpenError {
+    #[error(transparent)]
+    Tunnel(#[from] TunnelError),
+    #[error(transparent)]
+    Plain(#[from] DialError),
+}
+
+impl OpenError {
+    fn stage(&self) -> Stage {
+        match self {
+            Self::Tunnel(error) => error.stage(),
+            Self::Plain(DialError::Dial { .. } | DialError::Timeout { .. }) => Stage::Dial,
+            Self::Plain(DialError::Own(_) | DialError::InMesh { .. }) => Stage::Route,
+        }
+    }
 }
 
 /// Unknown workloads may call in a loop; once an hour per cgroup says it.
@@ -125,6 +153,7 @@ impl Outbound {
         let mut found = find(&catalog);
         if let (Some(service), Some(source)) = (&found, &self.freshness)
             && !matches!(wanted, Wanted::Found(_))
+            && service.destination().is_none()
         {
             source.wanted(&service.name).await;
             catalog = self.catalog.current();
@@ -191,20 +220,28 @@ impl Outbound {
         }
     }
 
-    /// Steps 6 and 7: choose an instance and open a tunnel to its node, as the caller.
+    /// Steps 6 and 7: choose an instance and open a tunnel to its node, as the caller; or a plain connection, if the
+    /// service is outside the mesh.
     ///
     /// Another instance is tried once if the first cannot be dialled; nothing was sent by then.
     pub(super) async fn open(
         &self,
         permit: Permit<'_>,
+        wanted: &Wanted<'_>,
         settings: OutboundSettings,
         record: &mut ConnectionRecord,
-    ) -> Result<(Choice, OpenTunnel), Outcome> {
+    ) -> Result<(Choice, Upstream), Outcome> {
         let Permit { caller, callee } = permit;
+        let (service, balancer) = if callee.service.destination().is_some() {
+            let service = self.endpoints(callee, wanted, settings).await?;
+            (service, &*self.destinations.balancer)
+        } else {
+            (Arc::clone(&callee.service), &self.balancer)
+        };
         let mut tried: Vec<Choice> = Vec::new();
         let mut last_error = None;
         while tried.len() < ATTEMPTS
-            && let Some(choice) = self.balancer.choose(&callee.service, &tried)
+            && let Some(choice) = balancer.choose(&service, &tried)
         {
             let opened = self.open_to(caller, callee, &choice, settings, record);
             match opened.await {
@@ -213,7 +250,7 @@ impl Outbound {
                     return Ok((choice, stream));
                 }
                 // The instance is well, and others of the service would say the same.
-                Err(error @ TunnelError::Denied(_)) => {
+                Err(error @ OpenError::Tunnel(TunnelError::Denied(_))) => {
                     last_error = Some(error);
                     break;
                 }
@@ -221,7 +258,7 @@ impl Outbound {
                     let ejected = choice.failed(settings.ejection);
                     tracing::debug!(
                         instance = %choice.instance.id, ejected, error = %chain(&error),
-                        "no tunnel to this instance"
+                        "no connection to this instance"
                     );
                     last_error = Some(error);
                     tried.push(choice);
@@ -245,6 +282,27 @@ impl Outbound {
         })
     }
 
+    /// The service with the endpoints of its destination as instances.
+    async fn endpoints(
+        &self,
+        callee: &Callee,
+        wanted: &Wanted<'_>,
+        settings: OutboundSettings,
+    ) -> Result<Arc<Service>, Outcome> {
+        let dialled = match wanted {
+            Wanted::Captured(captured) => Some(captured.destination.ip()),
+            Wanted::Service(_) | Wanted::Found(_) => None,
+        };
+        let endpoints =
+            self.destinations
+                .endpoints(&callee.service, dialled, settings.connect_timeout);
+        endpoints.await.map_err(|error| Outcome::Failed {
+            stage: Stage::Route,
+            side: Side::Upstream,
+            error,
+        })
+    }
+
     async fn open_to(
         &self,
         caller: &Caller,
@@ -252,9 +310,31 @@ impl Outbound {
         choice: &Choice,
         settings: OutboundSettings,
         record: &mut ConnectionRecord,
-    ) -> Result<OpenTunnel, TunnelError> {
+    ) -> Result<Upstream, OpenError> {
         let Choice { instance, .. } = choice;
         record.instance(&instance.id);
+        if callee.service.destination().is_some() {
+            let address = instance.tunnel;
+            record.peer(address);
+            record.enter(Stage::Dial);
+            let limit = settings.connect_timeout;
+            let dialled = self.destinations.dial(address, &callee.catalog, limit);
+            let stream = dialled.await?;
+            record.connected();
+            return Ok(Upstream::Plain(stream));
+        }
+        let tunnel = self.open_tunnel(caller, callee, instance, settings, record);
+        Ok(Upstream::Tunnel(tunnel.await?))
+    }
+
+    async fn open_tunnel(
+        &self,
+        caller: &Caller,
+        callee: &Callee,
+        instance: &Instance,
+        settings: OutboundSettings,
+        record: &mut ConnectionRecord,
+    ) -> Result<OpenTunnel, TunnelError> {
         if let Some(address) = hbone::address_of(instance, settings.hbone_port) {
             record.peer(address);
             record.enter(Stage::Handshake);

@@ -254,7 +254,7 @@ impl Incoming {
 }
 
 /// No delay of small writes, and an end for connections whose peer vanished.
-fn prepare(stream: &TcpStream) -> io::Result<()> {
+pub(crate) fn prepare(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = SockRef::from(stream);
     let (idle, interval, retries) = KEEPALIVE;
