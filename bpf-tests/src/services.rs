@@ -123,6 +123,36 @@ pub fn http(workload: &Workload, address: SocketAddr, text: &str) -> Result<Serv
 /// # Errors
 /// If it is not there, or does not start.
 pub fn nginx(workload: &Workload, address: SocketAddr, text: &str) -> Result<Service> {
+    nginx_by(workload, address, text, "access_log off;", "")
+}
+
+/// The same over TLS, with `certificate`.pem and its key, `certificate`-key.pem. Requests are in `requests.log` of the
+/// workload's directory.
+///
+/// # Errors
+/// As [`nginx`].
+pub fn nginx_tls(
+    workload: &Workload,
+    address: SocketAddr,
+    text: &str,
+    certificate: &Path,
+) -> Result<Service> {
+    let place = certificate.with_extension("");
+    let tls = format!(
+        "ssl_certificate {place}.pem; ssl_certificate_key {place}-key.pem; access_log {directory}/requests.log;",
+        place = place.display(),
+        directory = workload.directory().display(),
+    );
+    nginx_by(workload, address, text, &tls, "ssl")
+}
+
+fn nginx_by(
+    workload: &Workload,
+    address: SocketAddr,
+    text: &str,
+    settings: &str,
+    kind: &str,
+) -> Result<Service> {
     let directory = workload.directory().display();
     let configuration = workload.directory().join("nginx.conf");
     fs::write(
@@ -136,9 +166,9 @@ pid {directory}/nginx.pid;
 error_log stderr;
 events {{ worker_connections 4096; }}
 http {{
-    access_log off;
+    {settings}
     server {{
-        listen {address};
+        listen {address} {kind};
         location = / {{ return 200 \"{text}\\n\"; }}
         location /files/ {{ root {directory}; }}
     }}

@@ -20,6 +20,9 @@ test_claims! {
     names_of_consul_go_on
     other_names_are_answered_as_before
     a_lost_upstream_denies_no_name
+    a_host_outside_is_called_by_its_name
+    the_addresses_of_a_host_are_followed_and_kept
+    a_new_denial_ends_what_goes_outside
     own_names_are_answered_fast
     an_upgrade_loses_no_query
 }

@@ -4,6 +4,7 @@ mod captured;
 mod clients;
 mod consul;
 mod load;
+mod outside;
 mod upstream;
 
 use std::{fs, path::Path};
@@ -19,7 +20,7 @@ pub const TOPIC: Topic = Topic {
     about: "DNS names that lead to services, asked by real programs, beside a real Consul and real upstreams",
     programs: &[
         "ip", "curl", "python3", "nginx", "dig", "getent", "dnsmasq", "dnsperf", "consul",
-        "musl-gcc",
+        "musl-gcc", "openssl",
     ],
     claims: claims! {
         clients::programs_resolve_and_connect: "dig, getent, python and curl resolve a service's name by resolv.conf alone, and their connections reach the service";
@@ -33,6 +34,9 @@ pub const TOPIC: Topic = Topic {
         consul::names_of_consul_go_on: "with Consul, names of mesh services lead into the mesh, allowed or not, and Consul's own DNS answers every other name of its domain";
         upstream::other_names_are_answered_as_before: "queries for other names, sent through the agent, get the upstream's answers byte for byte";
         upstream::a_lost_upstream_denies_no_name: "while the upstream is away, other names are answered SERVFAIL and own names as ever";
+        outside::a_host_outside_is_called_by_its_name: "a host outside the mesh is called by its name over TLS from a container without a route to it, and by its address; who may not call it does not reach it";
+        outside::the_addresses_of_a_host_are_followed_and_kept: "when a host outside the mesh moves, calls follow it, and go on while the upstream that knows it is away";
+        outside::a_new_denial_ends_what_goes_outside: "an intention that denies ends live connections to a host outside the mesh";
         load::own_names_are_answered_fast: "20,000 queries of own names per second (5,000 without optimisation) are answered and none is lost; dnsmasq's rate is told beside";
         load::an_upgrade_loses_no_query: "`sidestep upgrade` under load: no query is lost, and none is answered wrong";
     },
