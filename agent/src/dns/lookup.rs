@@ -84,7 +84,7 @@ impl Lookup {
             message,
             transport,
             client: ([0, 0, 0, 0], 0).into(),
-            server: None,
+            original: None,
         };
         self.forwarder.exchange(&query, &replies).await?;
         let answer = replied

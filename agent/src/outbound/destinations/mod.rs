@@ -156,8 +156,11 @@ impl Destinations {
         let destination = Arc::clone(destination);
         match &destination.place {
             Place::Addresses(addresses) => {
+                // The allocator has reported the others.
+                let is_real = |it: &IpAddr| self.own.virtual_ranges.range_of(*it).is_none();
+                let addresses = addresses.iter().copied().filter(is_real).collect();
                 let endpoints = Endpoints {
-                    service: with_endpoints(service, destination.port, addresses),
+                    service: with_endpoints(service, destination.port, &addresses),
                     is_told: true,
                     problem: None,
                 };

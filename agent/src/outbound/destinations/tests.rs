@@ -206,6 +206,20 @@ async fn an_address_that_is_called_is_where_it_goes() {
 }
 
 #[tokio::test]
+async fn an_address_of_a_virtual_range_is_no_endpoint() {
+    let destinations = destinations("127.0.0.1:9".parse().unwrap(), &[]);
+    let service = outside("api", &["192.0.2.7", "fd00::7"], 443);
+    let mut catalog = Catalog::default();
+    catalog
+        .snapshot
+        .services
+        .insert(service.name.clone(), service.into());
+    destinations.follow(&catalog);
+    let found = endpoints(&destinations, &catalog, None).await;
+    assert_eq!(found.unwrap(), ["192.0.2.7:443"]);
+}
+
+#[tokio::test]
 async fn nothing_leads_to_the_agent_or_around_the_mesh() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let taken = listener.local_addr().unwrap();
