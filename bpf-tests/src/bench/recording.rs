@@ -2,7 +2,20 @@
 
 use std::collections::BTreeMap;
 
+use anyhow::Result;
 use serde_json::{Value, json};
+
+/// Of a run that takes long.
+#[derive(Debug)]
+pub enum Progress<'a> {
+    /// What it is at, for people.
+    At(&'a str),
+    /// So many rounds are over, with these samples so far.
+    Rounds(usize, &'a Recording),
+}
+
+/// Is told of a run's progress; an error ends the run.
+pub type Tell<'a> = dyn FnMut(Progress<'_>) -> Result<()> + 'a;
 
 /// One sample.
 #[derive(Debug, Clone, Copy, PartialEq)]

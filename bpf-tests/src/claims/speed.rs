@@ -57,7 +57,7 @@ fn captured(size: Size, variants: &[Variant], services: &[u32]) -> Result<Record
         established: false,
         changes: false,
     };
-    capture::run(&plan, &mut |_at| {})
+    capture::run(&plan, &mut |_progress| Ok(()))
 }
 
 fn capture_costs_less_than_rules(size: Size) -> Result<Finding> {
@@ -128,7 +128,7 @@ impl Measured {
             seed: SEED,
             idle_seconds: u64::from(loads.is_empty()),
         };
-        let recording = mesh::run(&plan, &mut |_at| {})?;
+        let recording = mesh::run(&plan, &mut |_progress| Ok(()))?;
         Ok(Self { recording, size })
     }
 

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -13,7 +13,7 @@ use bpf_tests::{
         capture::{self, Variant},
         machine,
         mesh::{self, Load, Way},
-        recording::Recording,
+        recording::{Progress, Recording},
     },
     program::Program,
     programs,
@@ -106,9 +106,10 @@ pub(super) fn capture(arguments: &CaptureArguments) -> Result<()> {
     let programs: Vec<_> = plan.variants.iter().flat_map(|it| it.programs()).collect();
     prepare(&unique(programs))?;
     let step = Step::begin("measuring capture");
-    let recording = capture::run(&plan, &mut |at| step.note(at))?;
+    let files = Files::new("capture", common, plan.seed)?;
+    let recording = capture::run(&plan, &mut |progress| files.follow(&step, &progress))?;
     step.done();
-    keep("capture", common, plan.seed, &recording)
+    files.finish(&recording)
 }
 
 /// Measures what the whole way costs.
@@ -129,9 +130,10 @@ pub(super) fn mesh(arguments: &MeshArguments) -> Result<()> {
     let programs: Vec<_> = plan.ways.iter().flat_map(|it| it.programs()).collect();
     prepare(&unique(programs))?;
     let step = Step::begin("measuring the mesh");
-    let recording = mesh::run(&plan, &mut |at| step.note(at))?;
+    let files = Files::new("mesh", common, plan.seed)?;
+    let recording = mesh::run(&plan, &mut |progress| files.follow(&step, &progress))?;
     step.done();
-    keep("mesh", common, plan.seed, &recording)
+    files.finish(&recording)
 }
 
 fn unique(programs: Vec<&&'static str>) -> Vec<&'static str> {
@@ -149,43 +151,73 @@ pub(super) fn kept(bench: &str) -> Result<PathBuf> {
     Ok(target.join("bench").join(format!("{bench}.json")))
 }
 
-/// Writes everything to a file of its own and to the one of the last run, and shows the medians.
-fn keep(bench: &str, common: &Common, seed: u64, recording: &Recording) -> Result<()> {
-    let time = now().as_secs();
-    let mut json = recording.to_json();
-    let machine: Value = machine::description()
-        .into_iter()
-        .map(|(key, value)| (key.to_owned(), Value::from(value)))
-        .collect::<serde_json::Map<_, _>>()
-        .into();
-    let head = json!({
-        "bench": bench,
-        "unix_time": time,
-        "seed": seed,
-        "rounds": common.rounds,
-        "seconds": common.seconds,
-        "machine": machine,
-        "versions": versions(),
-    });
-    if let (Some(json), Some(head)) = (json.as_object_mut(), head.as_object()) {
-        json.extend(head.clone());
+/// Where the samples of a run go: a file of its own, written after each round, and that of the last run.
+struct Files {
+    head: Value,
+    own: PathBuf,
+    last: PathBuf,
+    planned: usize,
+}
+
+impl Files {
+    fn new(bench: &str, common: &Common, seed: u64) -> Result<Self> {
+        let time = now().as_secs();
+        let machine: serde_json::Map<String, Value> = machine::description()
+            .into_iter()
+            .map(|(key, value)| (key.to_owned(), value.into()))
+            .collect();
+        let last = kept(bench)?;
+        let directory = last.parent().context("no directory")?;
+        fs::create_dir_all(directory)
+            .with_context(|| format!("creating {}", directory.display()))?;
+        Ok(Self {
+            own: directory.join(format!("{bench}-{time}.json")),
+            head: json!({
+                "bench": bench,
+                "unix_time": time,
+                "seed": seed,
+                "seconds": common.seconds,
+                "machine": machine,
+                "versions": versions(),
+            }),
+            last,
+            planned: common.rounds,
+        })
     }
-    let last = kept(bench)?;
-    let directory = last.parent().context("no directory")?;
-    fs::create_dir_all(directory).with_context(|| format!("creating {}", directory.display()))?;
-    let text = serde_json::to_string_pretty(&json).context("writing JSON")?;
-    let file = directory.join(format!("{bench}-{time}.json"));
-    for file in [&file, &last] {
-        fs::write(file, &text).with_context(|| format!("writing {}", file.display()))?;
+
+    /// Shows what a run is at, and keeps what it has so far: a long one may be interrupted.
+    fn follow(&self, step: &Step, progress: &Progress<'_>) -> Result<()> {
+        match progress {
+            Progress::At(what) => step.note(what),
+            Progress::Rounds(rounds, so_far) => drop(self.write(&self.own, *rounds, so_far)?),
+        }
+        Ok(())
     }
-    let summary = Summary::of(&json)?;
-    say(format_args!("\n{}", report::section(&summary)));
-    say(format_args!("every sample: {}", file.display()));
-    ensure!(
-        summary.gaps.is_empty(),
-        "not everything could be measured: see the gaps above"
-    );
-    Ok(())
+
+    fn write(&self, file: &Path, rounds: usize, recording: &Recording) -> Result<Value> {
+        let mut json = recording.to_json();
+        if let (Some(json), Some(head)) = (json.as_object_mut(), self.head.as_object()) {
+            json.extend(head.clone());
+            json.insert("rounds".to_owned(), rounds.into());
+        }
+        let text = serde_json::to_string_pretty(&json).context("writing JSON")?;
+        fs::write(file, text).with_context(|| format!("writing {}", file.display()))?;
+        Ok(json)
+    }
+
+    /// Keeps all of it, and shows the medians.
+    fn finish(&self, recording: &Recording) -> Result<()> {
+        let json = self.write(&self.own, self.planned, recording)?;
+        self.write(&self.last, self.planned, recording)?;
+        let summary = Summary::of(&json)?;
+        say(format_args!("\n{}", report::section(&summary)));
+        say(format_args!("every sample: {}", self.own.display()));
+        ensure!(
+            summary.gaps.is_empty(),
+            "not everything could be measured: see the gaps above"
+        );
+        Ok(())
+    }
 }
 
 fn now() -> Duration {

@@ -14,7 +14,7 @@ use fastrand::Rng;
 
 use self::cell::Cell;
 use super::{
-    recording::{Recording, Sample, Subject},
+    recording::{Progress, Recording, Sample, Subject, Tell},
     statistics::orders,
 };
 
@@ -147,15 +147,15 @@ const FEW: u64 = 3;
 /// follows, and noted as a gap.
 ///
 /// # Errors
-/// If the machine cannot be read.
-pub fn run(plan: &Plan, tell: &mut dyn FnMut(&str)) -> Result<Recording> {
+/// If the machine cannot be read, and those of `tell`.
+pub fn run(plan: &Plan, tell: &mut Tell<'_>) -> Result<Recording> {
     let mut recording = Recording::default();
     let mut cells = vec![];
     for (variant, services) in plan.subjects() {
-        tell(&format!(
+        tell(Progress::At(&format!(
             "setting up {}, {services} services",
             variant.name()
-        ));
+        )))?;
         match Cell::new(variant, services) {
             Ok((cell, samples)) => {
                 recording.extend(&cell.subject, samples);
@@ -174,11 +174,11 @@ pub fn run(plan: &Plan, tell: &mut dyn FnMut(&str)) -> Result<Recording> {
             let Some(cell) = slot else {
                 continue;
             };
-            tell(&format!(
+            tell(Progress::At(&format!(
                 "round {round} of {}, {}",
                 plan.rounds,
                 cell.what()
-            ));
+            )))?;
             match measure(cell, plan, round) {
                 Ok(samples) => recording.extend(&cell.subject, samples),
                 Err(error) => {
@@ -194,6 +194,7 @@ pub fn run(plan: &Plan, tell: &mut dyn FnMut(&str)) -> Result<Recording> {
         for (cell, samples) in found {
             recording.extend(&cell.subject, samples);
         }
+        tell(Progress::Rounds(usize::try_from(round)?, &recording))?;
     }
     Ok(recording)
 }

@@ -15,7 +15,7 @@ use fastrand::Rng;
 
 use self::path::Path;
 use super::{
-    recording::{Recording, Subject},
+    recording::{Progress, Recording, Subject, Tell},
     statistics::orders,
 };
 use crate::wait::pause;
@@ -137,12 +137,12 @@ pub struct Plan {
 /// out of what follows, and noted as a gap.
 ///
 /// # Errors
-/// If the machine cannot be read.
-pub fn run(plan: &Plan, tell: &mut dyn FnMut(&str)) -> Result<Recording> {
+/// If the machine cannot be read, and those of `tell`.
+pub fn run(plan: &Plan, tell: &mut Tell<'_>) -> Result<Recording> {
     let mut recording = Recording::default();
     let mut paths = vec![];
     for way in &plan.ways {
-        tell(&format!("setting up {}", way.name()));
+        tell(Progress::At(&format!("setting up {}", way.name())))?;
         match Path::new(*way) {
             Ok(path) => paths.push(Some(path)),
             Err(error) => recording.gap(&way.subject(), format!("{error:#}")),
@@ -158,10 +158,11 @@ pub fn run(plan: &Plan, tell: &mut dyn FnMut(&str)) -> Result<Recording> {
             let at = format!("round {round} of {}, {load:?}", plan.rounds);
             for index in order {
                 if let Some(slot) = paths.get_mut(index) {
-                    measure(slot, *load, plan.time, &at, &mut recording, tell);
+                    measure(slot, *load, plan.time, &at, &mut recording, tell)?;
                 }
             }
         }
+        tell(Progress::Rounds(round, &recording))?;
     }
     Ok(recording)
 }
@@ -173,13 +174,13 @@ fn measure(
     time: Duration,
     at: &str,
     recording: &mut Recording,
-    tell: &mut dyn FnMut(&str),
-) {
+    tell: &mut Tell<'_>,
+) -> Result<()> {
     let Some(path) = slot else {
-        return;
+        return Ok(());
     };
     let subject = path.way.subject();
-    tell(&format!("{at}, {}", subject.variant));
+    tell(Progress::At(&format!("{at}, {}", subject.variant)))?;
     match path.measure(load, time) {
         Ok(samples) => recording.extend(&subject, samples),
         Err(error) => {
@@ -187,6 +188,7 @@ fn measure(
             *slot = None;
         }
     }
+    Ok(())
 }
 
 /// What is spent while nothing happens, by all at the same time, and what connections that are open and idle take.
@@ -194,9 +196,9 @@ fn idle(
     plan: &Plan,
     paths: &mut [Option<Path>],
     recording: &mut Recording,
-    tell: &mut dyn FnMut(&str),
+    tell: &mut Tell<'_>,
 ) -> Result<()> {
-    tell("watching what is idle");
+    tell(Progress::At("watching what is idle"))?;
     let spent = |paths: &[Option<Path>]| -> Result<Vec<Duration>> {
         let spent = |path: &Path| path.processor_time();
         paths.iter().flatten().map(spent).collect()
@@ -215,7 +217,10 @@ fn idle(
             continue;
         };
         let way = path.way;
-        tell(&format!("holding idle connections, {}", way.name()));
+        tell(Progress::At(&format!(
+            "holding idle connections, {}",
+            way.name()
+        )))?;
         match path.hold() {
             Ok(samples) => recording.extend(&way.subject(), samples),
             Err(error) => {
