@@ -12,6 +12,7 @@ test_claims! {
     programs_resolve_and_connect
     names_are_known_without_being_told
     other_names_come_from_their_server
+    captured_names_of_consul_go_on
     resolvers_of_their_own_are_captured
     queries_go_on_without_their_agent
     large_answers_come_whole

@@ -3,7 +3,7 @@
 use std::{fs, path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{
     upstream::{COMPARE, UPSTREAM, dnsmasq},
@@ -11,6 +11,7 @@ use super::{
 };
 use crate::{
     claims::{Finding, Size, dependable::replaced::upgrade},
+    consul::ConsulMesh,
     mesh::{Mesh, local, vip},
     program::Program,
     programs, services,
@@ -130,6 +131,68 @@ pub(super) fn other_names_come_from_their_server(size: Size) -> Result<Finding> 
         format!(
             "{same} of {queries} answers are the same, {forwarded} queries went through the agent; \
              before it was killed {before:?}, after {after:?}"
+        ),
+    ))
+}
+
+pub(super) fn captured_names_of_consul_go_on(_size: Size) -> Result<Finding> {
+    let mut mesh = ConsulMesh::dev("names-captured-consul")?;
+    let place = mesh.place("web")?;
+    mesh.keep(services::nginx(&place, local(8080), "page of web")?);
+    mesh.register("web", "web", 8080, json!({}))?;
+    mesh.api().put(
+        "catalog/register",
+        &json!({
+            "Node": "elsewhere", "Address": "192.0.2.7",
+            "Service": { "Service": "plain", "Port": 8090 },
+        }),
+    )?;
+    // As operators let their resolver forward the domain.
+    let forwards = "server=/consul/127.0.0.1#8600";
+    let _server = dnsmasq(&mesh.lab.a, mesh.lab.a.namespace(), 53, forwards)?;
+    mesh.lab.a.set_capture("dns = true");
+    mesh.start()?;
+    let address = mesh.callable("web")?.to_string();
+    let resolv_conf = write_resolv_conf(mesh.shop.directory(), UPSTREAM)?;
+    let run = |command: &[&str]| {
+        with_resolv_conf(&mesh.shop, &resolv_conf, command)
+            .run(SOON)
+            .with_context(|| mesh.said())
+    };
+    let names = [
+        "web.service.consul",
+        "web.virtual.consul",
+        "web.connect.consul",
+    ];
+    for name in names {
+        let said = run(&["dig", "+short", name])?;
+        ensure!(
+            said.trim() == address,
+            "{name} leads to {said:?}, not to {address}"
+        );
+        let url = format!("http://{name}:8080/");
+        let options = ["--silent", "--show-error", "--fail", "--max-time", "20"];
+        let page = run(&[&["curl"], &options[..], &[&url]].concat())?;
+        ensure!(page.trim() == "page of web", "{name}: {page:?}");
+    }
+    let mut others = vec![];
+    for name in ["plain.service.consul", "host3.example.test"] {
+        others.push(run(&["dig", "+short", name])?.trim().to_owned());
+    }
+    ensure!(others == ["192.0.2.7", "192.0.2.3"], "{others:?}");
+    mesh.api().intend("*", "web", "deny")?;
+    let is_gone = || mesh.lab.a.service("web").is_err();
+    wait_for("the denial to be known", SOON, is_gone)?;
+    let denied = run(&["dig", "+short", "web.service.consul"])?;
+    ensure!(
+        denied.trim() == address,
+        "denied, the name leads to {denied:?}"
+    );
+    Ok(Finding::new(
+        true,
+        format!(
+            "{} pages by name, once denied into the mesh still; other names as their server says: {others:?}",
+            names.len()
         ),
     ))
 }

@@ -26,6 +26,7 @@ pub const TOPIC: Topic = Topic {
         clients::programs_resolve_and_connect: "dig, getent, python and curl resolve a service's name by resolv.conf alone, and their connections reach the service";
         captured::names_are_known_without_being_told: "with capture.dns and a resolver that exists nowhere, dig, getent, python and curl resolve a service's name, also where there is no route";
         captured::other_names_come_from_their_server: "with capture.dns, other names get their own server's answers byte for byte, in each namespace from the server there, and at once from it when the agent is killed";
+        captured::captured_names_of_consul_go_on: "with capture.dns and Consul, names of mesh services lead into the mesh, allowed or not, and their own server answers every other name";
         captured::resolvers_of_their_own_are_captured: "with capture.dns, programs that bring their own resolver (musl, Go) resolve a service's name and reach it";
         captured::queries_go_on_without_their_agent: "with capture.dns, lookups go on while the agent is killed, away, started and upgraded: none fails, an upgrade costs none a second try, and a kill at most those that the agent held";
         clients::large_answers_come_whole: "an answer over UDP is no larger than the client takes, and comes whole over TCP";
