@@ -35,8 +35,7 @@ impl Format {
 /// A top-level list counts as that many documents, an empty document as none.
 pub(super) fn parse(format: Format, text: &str) -> Result<Vec<Value>, String> {
     let documents: Vec<Value> = match format {
-        Format::Yaml => serde_saphyr::from_multiple(text)
-            .map_err(|error| error.without_snippet().to_string())?,
+        Format::Yaml => yaml(text)?,
         Format::Json if text.trim().is_empty() => Vec::new(),
         Format::Json => vec![serde_json::from_str(text).map_err(|error| error.to_string())?],
         Format::Hcl => {
@@ -53,6 +52,23 @@ pub(super) fn parse(format: Format, text: &str) -> Result<Vec<Value>, String> {
         }
     });
     Ok(flattened.map(snake_case_keys).collect())
+}
+
+/// The library's limits are for small files: 1,024 documents. Here the size of the file is the limit, and aliases, by
+/// which a small file can be a large tree, keep theirs.
+fn yaml(text: &str) -> Result<Vec<Value>, String> {
+    let most = text.len().max(1 << 20);
+    let options = serde_saphyr::options! {
+        budget: serde_saphyr::budget! {
+            max_documents: most,
+            max_nodes: most,
+            // Each node has up to two, a document four.
+            max_events: most.saturating_mul(4),
+            max_total_scalar_bytes: most.max(64 << 20),
+        },
+    };
+    serde_saphyr::from_multiple_with_options(text, options)
+        .map_err(|error| error.without_snippet().to_string())
 }
 
 /// On one line, as the log and `sidestep status` have it.
@@ -183,6 +199,24 @@ mod tests {
             2
         );
         assert_eq!(parse(Format::Yaml, "").unwrap().len(), 0);
+    }
+
+    #[test]
+    fn a_file_may_hold_a_whole_datacenter() {
+        let service = "---\nservice:\n  name: web\n  port: 80\n  tags: [a, b, c]\n";
+        let documents = parse(Format::Yaml, &service.repeat(20_000)).unwrap();
+        assert_eq!(documents.len(), 20_000);
+    }
+
+    /// Ten levels of ten aliases each.
+    #[test]
+    fn aliases_that_explode_are_refused() {
+        let mut text = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
+        for level in 1..10 {
+            let aliases = vec![format!("*a{}", level - 1); 10].join(", ");
+            text.push_str(&format!("a{level}: &a{level} [{aliases}]\n"));
+        }
+        parse(Format::Yaml, &text).unwrap_err();
     }
 
     proptest::proptest! {

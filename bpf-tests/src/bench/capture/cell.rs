@@ -27,7 +27,7 @@ pub(super) const OTHERS: &str = "connect to what is not captured, p50";
 /// For an agent with 100,000 services, or a change of one of them.
 const PATIENCE: u64 = 180;
 
-/// The agent takes no more documents in one file of YAML than 1,024.
+/// Services in one file of the catalog.
 const PER_FILE: usize = 1_000;
 
 /// How many clients there are where it is counted how many connects there can be.
