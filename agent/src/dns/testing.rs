@@ -12,7 +12,7 @@ use hickory_proto::rr::Name;
 use super::{
     Resolver,
     forward::{Forwarder, Upstreams},
-    zone::{ServiceAnswers, Zone, ZoneSettings},
+    zone::{ServiceAnswers, ZoneSettings},
 };
 use crate::{
     catalog::{
@@ -129,8 +129,8 @@ pub(crate) fn settings(service_answers: ServiceAnswers) -> ZoneSettings {
 }
 
 #[cfg(test)]
-pub(crate) fn zone(service_answers: ServiceAnswers, is_whole: bool) -> Zone {
-    Zone::new(Arc::new(settings(service_answers)), catalog(is_whole))
+pub(crate) fn zone(service_answers: ServiceAnswers, is_whole: bool) -> super::zone::Zone {
+    super::zone::Zone::new(Arc::new(settings(service_answers)), catalog(is_whole))
 }
 
 /// Answers by that catalog; what is not ours goes to `upstreams`.
