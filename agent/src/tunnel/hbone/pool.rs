@@ -34,8 +34,9 @@ use crate::{
     tunnel::connect::TunnelError,
 };
 
-/// How many connections may turn out to be closing, one after the other, before a call fails.
-const ATTEMPTS: usize = 3;
+/// How many connections may turn out to be closing, one after the other, before a call fails. Each costs the peer
+/// nothing: it has not looked at the call.
+const ATTEMPTS: usize = 10;
 
 /// Bounds of a pool.
 #[derive(Debug, Clone, Copy)]
