@@ -16,7 +16,6 @@ use std::{
 };
 
 use parking_lot::Mutex;
-
 use rustls::{
     ClientConfig, CommonState, HandshakeKind, ServerConfig,
     client::{Resumption, Tls12Resumption, danger::ServerCertVerifier as _},
@@ -50,7 +49,7 @@ pub struct WorkloadTls {
     called: Mutex<HashMap<(SpiffeId, SocketAddr), Arc<ClientConfig>>>,
 }
 
-/// For so many peers sessions are kept: about 20 KiB each while it is called.
+/// For so many peers and nodes sessions are kept. rustls keeps up to eight tickets for each name there.
 const MAX_CALLED: usize = 1024;
 
 impl WorkloadTls {

@@ -40,7 +40,7 @@ pub struct TunnelListeners {
 #[derive(Debug)]
 enum Waiting {
     Shared(TcpListener),
-    Hbone(TcpListener),
+    Hbone(u16, TcpListener),
 }
 
 #[derive(Debug)]
@@ -91,7 +91,7 @@ impl TunnelListeners {
     pub fn open_hbone(&mut self, port: u16) -> Result<(), TunnelListenError> {
         let (listener, kept) = self.listener(port)?;
         self.hbone = Some((port, kept));
-        self.waiting.push(Waiting::Hbone(listener));
+        self.waiting.push(Waiting::Hbone(port, listener));
         Ok(())
     }
 
@@ -102,7 +102,7 @@ impl TunnelListeners {
         for waiting in std::mem::take(&mut self.waiting) {
             match waiting {
                 Waiting::Shared(listener) => self.serve(shared, listener),
-                Waiting::Hbone(listener) => self.serve_hbone(listener),
+                Waiting::Hbone(port, listener) => self.serve_hbone(port, listener),
             }
         }
         self.open.retain(|port, listener| {
@@ -175,17 +175,12 @@ impl TunnelListeners {
         tracing::info!(%address, "taking tunnels");
     }
 
-    fn serve_hbone(&self, listener: TcpListener) {
+    fn serve_hbone(&self, port: u16, listener: TcpListener) {
         let inbound = Arc::clone(&self.inbound);
         let serve = Arc::clone(&inbound).serve_hbone(listener);
         inbound.shutdown.spawn("hbone listener", serve);
-        let addresses = self
-            .hbone
-            .iter()
-            .map(|(port, _)| SocketAddr::new(self.address, *port));
-        for address in addresses {
-            tracing::info!(%address, "taking HBONE tunnels");
-        }
+        let address = SocketAddr::new(self.address, port);
+        tracing::info!(%address, "taking HBONE tunnels");
     }
 
     fn listener(&self, port: u16) -> Result<(TcpListener, Kept), TunnelListenError> {
