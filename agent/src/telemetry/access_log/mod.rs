@@ -25,7 +25,11 @@ pub use line::{Line, LineFormat};
 const QUEUE_LINES: usize = 10_000;
 
 /// Lines that one write takes.
-const BATCH_LINES: u64 = 64;
+const BATCH_LINES: u64 = 256;
+
+/// How long the thread sleeps after it was woken, before it writes. Senders find nobody to wake meanwhile, so that many
+/// lines cost one wake-up and one write together.
+const GATHER: Duration = Duration::from_millis(10);
 
 static FAILURE_LOG: OncePer = OncePer::new(Duration::from_mins(1));
 
@@ -95,7 +99,7 @@ impl AccessLog {
             Destination::Stdout => Box::new(Stdout),
             Destination::File(path) => Box::new(LogFile::open(path.clone())?),
         };
-        Self::start_with(output, format, dropped)
+        Self::start_with(output, format, dropped, GATHER)
     }
 
     /// A log that writes nothing.
@@ -111,6 +115,7 @@ impl AccessLog {
         output: Box<dyn Output>,
         format: LineFormat,
         dropped: DroppedLines,
+        gather: Duration,
     ) -> Result<Self, AccessLogError> {
         let (sender, receiver) = mpsc::sync_channel(QUEUE_LINES);
         let reopen = Arc::new(AtomicBool::new(false));
@@ -119,6 +124,7 @@ impl AccessLog {
             output,
             reopen: Arc::clone(&reopen),
             dropped: dropped.clone(),
+            gather,
         };
         std::thread::Builder::new()
             .name("access-log".to_owned())
@@ -170,14 +176,24 @@ struct Writer {
     output: Box<dyn Output>,
     reopen: Arc<AtomicBool>,
     dropped: DroppedLines,
+    gather: Duration,
 }
 
 impl Writer {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "it sleeps on a thread of its own"
+    )]
     fn run(mut self) {
         let mut batch = String::new();
+        let mut lines = 0;
         while let Ok(first) = self.receiver.recv() {
+            // After a full batch there is more already.
+            if matches!(first, Message::Line(_)) && lines < BATCH_LINES {
+                std::thread::sleep(self.gather);
+            }
             batch.clear();
-            let mut lines = 0;
+            lines = 0;
             let mut waiting = None;
             let mut next = Some(first);
             while let Some(message) = next.take() {

@@ -61,7 +61,8 @@ fn stuck_destination_drops_lines_and_blocks_nobody() {
     let (taken, batches) = channel();
     let dropped = DroppedLines::default();
     let output = Box::new(Stuck { allowed, taken });
-    let log = AccessLog::start_with(output, LineFormat::Text, dropped.clone()).unwrap();
+    let log =
+        AccessLog::start_with(output, LineFormat::Text, dropped.clone(), Duration::ZERO).unwrap();
     log.write(|| line("first"));
     assert_eq!(batches.recv_timeout(SOON), Ok(1));
     for _ in 0..SENT {
@@ -73,6 +74,22 @@ fn stuck_destination_drops_lines_and_blocks_nobody() {
     let written: usize = batches.iter().sum();
     assert_eq!(written, QUEUE_LINES);
     assert_eq!(dropped.total(), 1000);
+}
+
+#[test]
+fn lines_that_come_together_are_written_together() {
+    const SENT: usize = 20;
+    let (allow, allowed) = channel();
+    let (taken, batches) = channel();
+    drop(allow); // it takes everything
+    let output = Box::new(Stuck { allowed, taken });
+    let gather = Duration::from_secs(1);
+    let log =
+        AccessLog::start_with(output, LineFormat::Text, DroppedLines::default(), gather).unwrap();
+    for _ in 0..SENT {
+        log.write(|| line("x"));
+    }
+    assert_eq!(batches.recv_timeout(SOON), Ok(SENT));
 }
 
 struct Broken;
@@ -90,7 +107,8 @@ impl Output for Broken {
 #[test]
 fn lines_that_cannot_be_written_are_counted() {
     let dropped = DroppedLines::default();
-    let log = AccessLog::start_with(Box::new(Broken), LineFormat::Text, dropped.clone()).unwrap();
+    let output = Box::new(Broken);
+    let log = AccessLog::start_with(output, LineFormat::Text, dropped.clone(), GATHER).unwrap();
     for _ in 0..200 {
         log.write(|| line("x"));
     }
