@@ -165,6 +165,7 @@ pub(super) fn observe(node: &Node) -> Observations {
         hangs: node.heartbeats.so_far().hangs,
         effective: node.health.is_well(),
         attached_programs: node.datapath.attachments().len() as u64,
+        hbone: node.outbound.hbone.in_use(),
         catalog: catalog.published_at.map(|loaded_at| CatalogObservation {
             version: catalog.version,
             loaded_at,

@@ -111,6 +111,10 @@ metrics! {
         "Time until an upstream answered a query that was forwarded, failures left out";
     ATTACHED_PROGRAMS: "sidestep_attached_programs", Gauge, [],
         "eBPF programs that the agent holds attached";
+    HBONE_CONNECTIONS: "sidestep_hbone_connections", Gauge, [],
+        "Connections of the tunnel hbone that are open to other nodes";
+    HBONE_STREAMS: "sidestep_hbone_streams", Gauge, [],
+        "Connections of workloads that these carry now";
     CAPTURE_EFFECTIVE: "sidestep_capture_effective", Gauge, [],
         "1 if the agent's own connects below every attach point are captured, 0 if one is not";
     CATALOG_VERSION: "sidestep_catalog_version", Gauge, [],

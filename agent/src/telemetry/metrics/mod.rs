@@ -173,6 +173,8 @@ pub struct Observations {
     pub effective: bool,
     /// How many programs are attached.
     pub attached_programs: u64,
+    /// Open connections of the tunnel `hbone` to other nodes, and the streams on them.
+    pub hbone: (usize, usize),
     /// The catalog in use.
     pub catalog: Option<CatalogObservation>,
     /// What signs certificates.
@@ -399,6 +401,11 @@ impl Collector for ObserverCell {
         Samples::begin(&mut encoder, &names::HANGS)?.counter(&[], seen.hangs)?;
         Samples::begin(&mut encoder, &names::ATTACHED_PROGRAMS)?
             .gauge(&[], seen.attached_programs)?;
+        let (connections, streams) = seen.hbone;
+        Samples::begin(&mut encoder, &names::HBONE_CONNECTIONS)?
+            .gauge(&[], u64::try_from(connections).unwrap_or(u64::MAX))?;
+        Samples::begin(&mut encoder, &names::HBONE_STREAMS)?
+            .gauge(&[], u64::try_from(streams).unwrap_or(u64::MAX))?;
         Samples::begin(&mut encoder, &names::CAPTURE_EFFECTIVE)?
             .gauge(&[], u64::from(seen.effective))?;
         if let Some(catalog) = &seen.catalog {

@@ -35,6 +35,7 @@ fn eventful() -> Metrics {
         hangs: 1,
         effective: true,
         attached_programs: 6,
+        hbone: (2, 9),
         catalog: Some(CatalogObservation {
             version: 3,
             loaded_at: SystemTime::now(),

@@ -185,13 +185,15 @@ impl Pool {
         self.shared.groups.lock().contains_key(&call.key())
     }
 
-    /// How many connections there are.
-    pub fn connections(&self) -> usize {
+    /// How many connections there are, and how many streams on them.
+    pub fn in_use(&self) -> (usize, usize) {
         let groups: Vec<_> = self.shared.groups.lock().values().map(Arc::clone).collect();
-        groups
-            .iter()
-            .map(|group| group.state.lock().members.len())
-            .sum()
+        let each = groups.iter().map(|group| {
+            let state = group.state.lock();
+            let streams = state.members.iter().map(|member| member.link.streams());
+            (state.members.len(), streams.sum::<usize>())
+        });
+        each.fold((0, 0), |all, it| (all.0 + it.0, all.1 + it.1))
     }
 
     /// A connection with room for a stream, and the room.

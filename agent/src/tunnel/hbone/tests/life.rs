@@ -10,7 +10,7 @@ async fn calls_share_a_connection_only_as_the_same_to_the_same() {
     let other = pair.caller.certificates.for_identity(&id("other")).await;
     call.tls = other.unwrap();
     soon(pair.pool.open(&call)).await.unwrap();
-    assert_eq!(pair.pool.connections(), 2);
+    assert_eq!(pair.pool.in_use().0, 2);
 }
 
 #[tokio::test]
@@ -25,7 +25,7 @@ async fn only_the_expected_service_is_accepted_and_everybody_who_waited_hears_wh
         assert!(text.ends_with(&said), "{text}");
         assert_eq!(error.stage(), crate::telemetry::record::Stage::Handshake);
     }
-    assert_eq!(pair.pool.connections(), 0);
+    assert_eq!(pair.pool.in_use().0, 0);
 }
 
 #[tokio::test]
@@ -47,9 +47,9 @@ async fn a_warm_pool_has_a_connection_before_the_first_call() {
     let call = pair.caller.call(pair.address, ECHO).await;
     pair.pool.warm(&call);
     pair.pool.warm(&call);
-    until(|| pair.pool.connections() == 1).await;
+    until(|| pair.pool.in_use().0 == 1).await;
     assert!(pair.echoes().await);
-    assert_eq!(pair.pool.connections(), 1);
+    assert_eq!(pair.pool.in_use().0, 1);
 }
 
 /// Lets the connections' clocks run ahead, and with them that of [`soon`].
@@ -75,9 +75,9 @@ async fn a_connection_that_nobody_uses_is_closed() {
         pass(Duration::from_secs(11)).await;
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    assert_eq!(pair.pool.connections(), 1, "idle, but not for long");
+    assert_eq!(pair.pool.in_use().0, 1, "idle, but not for long");
     let mut passed = 0;
-    while pair.pool.connections() > 0 {
+    while pair.pool.in_use().0 > 0 {
         pass(Duration::from_secs(11)).await;
         tokio::time::sleep(Duration::from_millis(10)).await;
         passed += 1;
@@ -154,9 +154,9 @@ async fn a_new_certificate_takes_new_streams_and_leaves_the_old_ones() {
     let call = pair.caller.call(pair.address, ECHO).await;
     let other = Arc::new(TestCa::root("other"));
     pair.caller.authority.trust_in(&[&pair.root, &other]);
-    until(|| pair.pool.connections() == 0).await;
+    until(|| pair.pool.in_use().0 == 0).await;
     let mut new = pair.open(ECHO).await.unwrap();
-    assert_eq!(pair.pool.connections(), 1);
+    assert_eq!(pair.pool.in_use().0, 1);
     exchange(&mut old, b"on the old connection").await;
     exchange(&mut new, b"on the new one").await;
     drop(call);
@@ -180,7 +180,7 @@ async fn a_peer_whose_root_is_revoked_is_cut_off() {
         };
         node.authority.trust_in(&[&other]);
         soon(stream.read(&mut [0; 1])).await.unwrap_err();
-        until(|| pair.pool.connections() == 0).await;
+        until(|| pair.pool.in_use().0 == 0).await;
         let error = pair.open(ECHO).await.map(drop);
         error.expect_err("the roots have nothing in common");
     }

@@ -192,7 +192,7 @@ async fn a_server_that_speaks_no_http2_is_an_error_and_not_a_wait() {
         assert!(error.to_string().contains(part), "{error}");
         soon(ended).await.unwrap();
     }
-    assert_eq!(pair.pool.connections(), 0);
+    assert_eq!(pair.pool.in_use().0, 0);
 }
 
 #[tokio::test]
@@ -250,5 +250,5 @@ async fn a_server_that_answers_no_ping_is_left_with_all_its_streams() {
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    until(|| pair.pool.connections() == 0).await;
+    until(|| pair.pool.in_use().0 == 0).await;
 }

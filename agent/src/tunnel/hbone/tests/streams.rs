@@ -19,7 +19,7 @@ async fn many_streams_share_few_connections() {
         }
     });
     let open = all(streams).await;
-    assert_eq!(pair.pool.connections(), 2);
+    assert_eq!(pair.pool.in_use().0, 2);
     drop(open);
     assert!(pair.echoes().await);
 }
@@ -56,7 +56,7 @@ async fn a_thousand_streams_are_open_at_once() {
         stream
     });
     let mut streams = all(open).await;
-    let connections = pair.pool.connections();
+    let connections = pair.pool.in_use().0;
     assert!(connections <= 6, "{connections} connections");
     for stream in &mut streams {
         exchange(stream, b"still there").await;
@@ -70,7 +70,7 @@ async fn a_thousand_streams_are_open_at_once() {
     drop(streams);
     // In order, so the connections are as good as before.
     assert!(pair.echoes().await);
-    assert_eq!(pair.pool.connections(), connections);
+    assert_eq!(pair.pool.in_use().0, connections);
 }
 
 #[tokio::test]
@@ -95,7 +95,7 @@ async fn each_direction_ends_on_its_own() {
     assert_eq!(stream.read(&mut [0; 1]).await.unwrap(), 0);
     stream.shutdown().await.unwrap();
     drop(stream);
-    assert_eq!(pair.pool.connections(), 1, "the same connection all along");
+    assert_eq!(pair.pool.in_use().0, 1, "the same connection all along");
 }
 
 #[tokio::test]
@@ -202,7 +202,7 @@ async fn a_reader_that_pauses_holds_its_writer_back_and_nobody_else() {
     let bytes = vec![5; 20 << 20];
     let mut stream = pair.open(ECHO).await.unwrap();
     exchange(&mut stream, &bytes).await;
-    assert_eq!(pair.pool.connections(), 1);
+    assert_eq!(pair.pool.in_use().0, 1);
 }
 
 #[tokio::test]
@@ -233,7 +233,7 @@ async fn a_refusal_says_at_which_step() {
         assert!(error.to_string().contains(part), "{error}");
     }
     assert!(pair.echoes().await);
-    assert_eq!(pair.pool.connections(), 1, "a refusal ends a stream only");
+    assert_eq!(pair.pool.in_use().0, 1, "a refusal ends a stream only");
 }
 
 #[tokio::test]
