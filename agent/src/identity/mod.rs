@@ -8,6 +8,7 @@
 pub mod workload;
 pub mod local;
 pub mod spiffe;
+mod suites;
 pub mod certificates;
 pub mod workload_tls;
 pub mod verify;

@@ -30,6 +30,7 @@ use super::{
     pem,
     provider::{Leaf, TrustBundle},
     spiffe::SpiffeId,
+    suites,
     verify::{ExpectedServer, PeerIdentityError, TrustDomainClients, certificate_identity},
 };
 
@@ -47,6 +48,8 @@ pub struct WorkloadTls {
     hbone_server: Arc<ServerConfig>,
     /// With the sessions that can be resumed, so apart for each peer and each node that it was met on.
     called: Mutex<HashMap<(SpiffeId, SocketAddr), Arc<ClientConfig>>>,
+    /// Until when the chains of peers are valid that resumed a session.
+    resumed: Mutex<HashMap<Vec<CertificateDer<'static>>, SystemTime>>,
 }
 
 /// For so many peers and nodes sessions are kept. rustls keeps up to eight tickets for each name there.
@@ -96,8 +99,7 @@ impl WorkloadTls {
         bundle: Arc<TrustBundle>,
         clock: Arc<dyn Clock>,
     ) -> Result<Self, rustls::Error> {
-        // aws-lc-rs' own choice of suites: all of them ECDHE with AES-GCM or ChaCha20.
-        let crypto = Arc::new(aws_lc_rs::default_provider());
+        let crypto = suites::provider();
         let clients = Arc::new(clients_of(&bundle, &crypto)?);
         let own = || Arc::new(SingleCertAndKey::from(Arc::clone(&certified)));
         let tls_clock = || Arc::new(TlsClock(Arc::clone(&clock)));
@@ -145,6 +147,7 @@ impl WorkloadTls {
             hbone_client: Arc::new(hbone_client),
             hbone_server: Arc::new(hbone_server),
             called: Mutex::default(),
+            resumed: Mutex::default(),
         })
     }
 
@@ -251,12 +254,26 @@ impl WorkloadTls {
         }
         let chain = connection.peer_certificates().unwrap_or_default();
         let now = self.clock.now();
-        let good = |certificate| pem::not_after(certificate).is_ok_and(|end| now < end);
-        if !chain.is_empty() && chain.iter().all(good) {
+        if self.end_of(chain).is_some_and(|end| now < end) {
             return Ok(());
         }
         // What has run out need not be on the path that leads to a root.
         self.verify_again(chain, expected, now)
+    }
+
+    /// When the first of these certificates runs out. Read once for each chain.
+    fn end_of(&self, chain: &[CertificateDer<'static>]) -> Option<SystemTime> {
+        if let Some(end) = self.resumed.lock().get(chain) {
+            return Some(*end);
+        }
+        let ends = chain.iter().map(|it| pem::not_after(it).ok());
+        let end = ends.collect::<Option<Vec<_>>>()?.into_iter().min()?;
+        let mut resumed = self.resumed.lock();
+        if resumed.len() >= MAX_CALLED {
+            resumed.clear();
+        }
+        resumed.insert(chain.to_vec(), end);
+        Some(end)
     }
 
     /// The configuration to be called with: a client certificate of the trust domain is mandatory.
