@@ -85,6 +85,7 @@ pub struct Node {
     capture: Vec<String>,
     consul: Option<String>,
     settings: Vec<String>,
+    program: Option<PathBuf>,
     agent: Option<Running>,
 }
 
@@ -116,6 +117,7 @@ impl Node {
             capture: vec![],
             consul: None,
             settings: vec![],
+            program: None,
             agent: None,
         })
     }
@@ -253,13 +255,19 @@ impl Node {
             .in_namespace(&self.namespace))
     }
 
+    /// Makes this node start the agent at `path` instead of the one under test.
+    pub fn use_agent(&mut self, path: PathBuf) {
+        self.program = Some(path);
+    }
+
     /// Starts the agent and returns at once.
     ///
     /// # Errors
     /// If it cannot be started.
     pub fn start_agent(&mut self) -> Result<()> {
         let configuration = self.write_configuration()?;
-        let agent = Program::new(programs::agent()?)
+        let program = self.program.clone().map_or_else(programs::agent, Ok)?;
+        let agent = Program::new(program)
             .args(["run", "--config"])
             .arg(&configuration)
             .in_cgroup(&self.agent_cgroup()?)

@@ -122,6 +122,7 @@ impl Measured {
     fn new(size: Size, ways: &[Way], loads: &[Load]) -> Result<Self> {
         let plan = mesh::Plan {
             ways: ways.to_vec(),
+            against: None,
             loads: loads.to_vec(),
             rounds: size.pick(1, 10),
             time: Duration::from_millis(size.pick(500, 2_000)),

@@ -47,6 +47,12 @@ pub(super) struct MeshArguments {
     /// For how long idle agents and proxies are watched, in seconds; 0 leaves it and memory out.
     #[arg(long, default_value_t = 20)]
     idle_seconds: u64,
+    /// Another build of the agent, to compare with: this one's binary is target/release/sidestep.
+    #[arg(long, value_name = "FILE")]
+    against: Option<PathBuf>,
+    /// Only loads whose name begins with one of these, separated by commas: calls, turns, requests, bulk.
+    #[arg(long, value_delimiter = ',')]
+    loads: Vec<String>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -106,7 +112,7 @@ pub(super) fn capture(arguments: &CaptureArguments) -> Result<()> {
     let programs: Vec<_> = plan.variants.iter().flat_map(|it| it.programs()).collect();
     prepare(&unique(programs))?;
     let step = Step::begin("measuring capture");
-    let files = Files::new("capture", common, plan.seed)?;
+    let files = Files::new("capture", common, plan.seed, common.only.is_empty())?;
     let recording = capture::run(&plan, &mut |progress| files.follow(&step, &progress))?;
     step.done();
     files.finish(&recording)
@@ -119,9 +125,18 @@ pub(super) fn capture(arguments: &CaptureArguments) -> Result<()> {
 pub(super) fn mesh(arguments: &MeshArguments) -> Result<()> {
     let common = &arguments.common;
     let wanted = |it: &Way| *it == Way::Direct || common.wants(it.name());
+    let others = Way::OTHER
+        .into_iter()
+        .filter(|_| arguments.against.is_some());
+    let load = |it: &Load| {
+        let name = format!("{it:?}").to_lowercase();
+        let named = |part: &String| name.starts_with(part);
+        arguments.loads.is_empty() || arguments.loads.iter().any(named)
+    };
     let plan = mesh::Plan {
-        ways: Way::ALL.into_iter().filter(wanted).collect(),
-        loads: Load::ALL.to_vec(),
+        ways: Way::ALL.into_iter().chain(others).filter(wanted).collect(),
+        against: arguments.against.clone(),
+        loads: Load::ALL.into_iter().filter(load).collect(),
         rounds: common.rounds,
         time: Duration::from_secs(common.seconds),
         seed: common.seed(),
@@ -130,7 +145,8 @@ pub(super) fn mesh(arguments: &MeshArguments) -> Result<()> {
     let programs: Vec<_> = plan.ways.iter().flat_map(|it| it.programs()).collect();
     prepare(&unique(programs))?;
     let step = Step::begin("measuring the mesh");
-    let files = Files::new("mesh", common, plan.seed)?;
+    let is_whole = common.only.is_empty() && arguments.loads.is_empty() && plan.against.is_none();
+    let files = Files::new("mesh", common, plan.seed, is_whole)?;
     let recording = mesh::run(&plan, &mut |progress| files.follow(&step, &progress))?;
     step.done();
     files.finish(&recording)
@@ -141,7 +157,7 @@ fn unique(programs: Vec<&&'static str>) -> Vec<&'static str> {
     unique.into_iter().collect()
 }
 
-/// Where what was measured last is kept, with every sample.
+/// Where what a whole run measured last is kept, with every sample.
 ///
 /// # Errors
 /// If the running program is in no target directory.
@@ -151,16 +167,16 @@ pub(super) fn kept(bench: &str) -> Result<PathBuf> {
     Ok(target.join("bench").join(format!("{bench}.json")))
 }
 
-/// Where the samples of a run go: a file of its own, written after each round, and that of the last run.
+/// Where the samples of a run go: a file of its own, written after each round, and that of the last whole run.
 struct Files {
     head: Value,
     own: PathBuf,
-    last: PathBuf,
+    last: Option<PathBuf>,
     planned: usize,
 }
 
 impl Files {
-    fn new(bench: &str, common: &Common, seed: u64) -> Result<Self> {
+    fn new(bench: &str, common: &Common, seed: u64, is_whole: bool) -> Result<Self> {
         let time = now().as_secs();
         let machine: serde_json::Map<String, Value> = machine::description()
             .into_iter()
@@ -180,7 +196,7 @@ impl Files {
                 "machine": machine,
                 "versions": versions(),
             }),
-            last,
+            last: is_whole.then_some(last),
             planned: common.rounds,
         })
     }
@@ -208,7 +224,9 @@ impl Files {
     /// Keeps all of it, and shows the medians.
     fn finish(&self, recording: &Recording) -> Result<()> {
         let json = self.write(&self.own, self.planned, recording)?;
-        self.write(&self.last, self.planned, recording)?;
+        if let Some(last) = &self.last {
+            self.write(last, self.planned, recording)?;
+        }
         let summary = Summary::of(&json)?;
         say(format_args!("\n{}", report::section(&summary)));
         say(format_args!("every sample: {}", self.own.display()));

@@ -8,7 +8,7 @@ mod path;
 mod proxies;
 mod wrk;
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use anyhow::Result;
 use fastrand::Rng;
@@ -33,10 +33,14 @@ pub enum Way {
     Envoy,
     /// By REDIRECT through HAProxy on both nodes.
     Haproxy,
+    /// As [`Way::Connect`], by the agent of [`Plan::against`].
+    OtherConnect,
+    /// As [`Way::Hbone`], by the agent of [`Plan::against`].
+    OtherHbone,
 }
 
 impl Way {
-    /// All of them.
+    /// All of them, but those of another agent.
     pub const ALL: [Self; 5] = [
         Self::Direct,
         Self::Connect,
@@ -44,6 +48,9 @@ impl Way {
         Self::Envoy,
         Self::Haproxy,
     ];
+
+    /// Those of another agent.
+    pub const OTHER: [Self; 2] = [Self::OtherConnect, Self::OtherHbone];
 
     /// Its name in figures.
     pub fn name(self) -> &'static str {
@@ -53,13 +60,17 @@ impl Way {
             Self::Hbone => "Sidestep, hbone",
             Self::Envoy => "iptables and Envoy",
             Self::Haproxy => "iptables and HAProxy",
+            Self::OtherConnect => "the other agent, connect",
+            Self::OtherHbone => "the other agent, hbone",
         }
     }
 
     /// Programs that it takes.
     pub fn programs(self) -> &'static [&'static str] {
         match self {
-            Self::Direct | Self::Connect | Self::Hbone => &["ip", "nginx", "wrk"],
+            Self::Direct | Self::Connect | Self::Hbone | Self::OtherConnect | Self::OtherHbone => {
+                &["ip", "nginx", "wrk"]
+            }
             Self::Envoy => &[
                 "ip",
                 "nginx",
@@ -121,6 +132,8 @@ impl Load {
 pub struct Plan {
     /// What to compare.
     pub ways: Vec<Way>,
+    /// The agent of [`Way::OTHER`].
+    pub against: Option<PathBuf>,
     /// Under which loads.
     pub loads: Vec<Load>,
     /// How often.
@@ -143,7 +156,7 @@ pub fn run(plan: &Plan, tell: &mut Tell<'_>) -> Result<Recording> {
     let mut paths = vec![];
     for way in &plan.ways {
         tell(Progress::At(&format!("setting up {}", way.name())))?;
-        match Path::new(*way) {
+        match Path::new(*way, plan.against.as_deref()) {
             Ok(path) => paths.push(Some(path)),
             Err(error) => recording.gap(&way.subject(), format!("{error:#}")),
         }

@@ -51,7 +51,7 @@ impl Path {
     ///
     /// # Errors
     /// If something does not start, or a call does not come through.
-    pub(super) fn new(way: Way) -> Result<Self> {
+    pub(super) fn new(way: Way, other: Option<&std::path::Path>) -> Result<Self> {
         let mut mesh = Mesh::new("mesh")?;
         for node in [&mesh.lab.a, &mesh.lab.b] {
             // Ports of closed connections are searched for by the next ones: a figure would depend on those before.
@@ -67,12 +67,24 @@ impl Path {
                 let node = mesh.lab.b.address();
                 ((node, HTTP).into(), (node, SERVE).into())
             }
-            Way::Connect | Way::Hbone | Way::Envoy | Way::Haproxy => (vip(1, 80), vip(2, 80)),
+            Way::Connect
+            | Way::Hbone
+            | Way::Envoy
+            | Way::Haproxy
+            | Way::OtherConnect
+            | Way::OtherHbone => (vip(1, 80), vip(2, 80)),
         };
         let proxies = match way {
             Way::Direct => vec![],
             Way::Connect | Way::Hbone => {
-                start_agents(&mut mesh, way)?;
+                start_agents(&mut mesh, way == Way::Hbone)?;
+                vec![]
+            }
+            Way::OtherConnect | Way::OtherHbone => {
+                let other = other.context("no other agent was named")?;
+                mesh.lab.a.use_agent(other.to_owned());
+                mesh.lab.b.use_agent(other.to_owned());
+                start_agents(&mut mesh, way == Way::OtherHbone)?;
                 vec![]
             }
             Way::Envoy => proxies::envoys(&mesh.lab)?,
@@ -258,7 +270,9 @@ impl Path {
     /// Where agents or proxies run, on each node.
     fn cgroups(&self) -> Result<[Cgroup; 2]> {
         let child = |node: &Node| match self.way {
-            Way::Direct | Way::Connect | Way::Hbone => node.cgroup().child("agent"),
+            Way::Direct | Way::Connect | Way::Hbone | Way::OtherConnect | Way::OtherHbone => {
+                node.cgroup().child("agent")
+            }
             Way::Envoy | Way::Haproxy => proxies::cgroup(node),
         };
         Ok([child(&self.mesh.lab.a)?, child(&self.mesh.lab.b)?])
@@ -271,10 +285,10 @@ impl Path {
 
 const MIB: f64 = 1_048_576.0;
 
-fn start_agents(mesh: &mut Mesh, way: Way) -> Result<()> {
+fn start_agents(mesh: &mut Mesh, by_hbone: bool) -> Result<()> {
     mesh.register("http", "http", vip(1, 80), local(HTTP));
     mesh.register("serve", "serve", vip(2, 80), local(SERVE));
-    if way == Way::Hbone {
+    if by_hbone {
         for instance in mesh.instances() {
             instance.meta = vec![("sidestep-tunnel", "hbone")];
         }
