@@ -5,4 +5,5 @@ pub mod destination;
 pub mod file;
 pub mod consul;
 pub mod vip;
+pub mod instances;
 pub mod store;

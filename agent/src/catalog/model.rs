@@ -90,6 +90,10 @@ pub struct ServiceDefaults {
     pub destination: Option<Arc<Destination>>,
 }
 
+/// `Meta` of an instance: the address and port that it registered, where these do not follow from where its node takes
+/// tunnels for it. Sidestep's own registrations with Consul say so of the instance behind them.
+pub const META_ADDRESS: &str = "sidestep-address";
+
 /// One running copy of a service.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Instance {
@@ -128,6 +132,14 @@ pub struct Target {
 }
 
 impl Instance {
+    /// Where it is called by who knows nothing of the mesh: the address and port that it registered.
+    pub fn address(&self) -> SocketAddr {
+        let said = self.meta.get(META_ADDRESS);
+        let said = said.and_then(|text| text.parse::<SocketAddr>().ok());
+        let (ip, port) = said.map_or((self.tunnel.ip(), self.port), |it| (it.ip(), it.port()));
+        SocketAddr::new(ip.to_canonical(), port)
+    }
+
     /// The share of traffic it asks for at its present health; 0 means: send nothing.
     pub fn weight(&self) -> u32 {
         match self.health {

@@ -1,7 +1,7 @@
 //! The catalog in force: a snapshot together with the addresses and numbers given to its services.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::SystemTime,
@@ -12,8 +12,9 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use super::{
+    instances::{InstanceAddresses, Owner},
     model::{Instance, NodeName, Ports, Service, ServiceName, Snapshot},
-    vip::{VipAllocator, VipProblem},
+    vip::{VipAllocator, VipPools, VipProblem},
 };
 use crate::{
     datapath::{AwayPolicy, ServiceId, VipTarget, VipTargets},
@@ -34,6 +35,24 @@ pub struct Catalog {
     pub addresses: Arc<BTreeMap<ServiceName, BTreeSet<IpAddr>>>,
     /// Follows from `addresses` and the services' ports, and is shared like it.
     owners: Arc<Owners>,
+    /// Empty unless [`CatalogStore::with_instances`]. The same `Arc` in versions between which no service changed.
+    instances: Arc<InstanceAddresses>,
+}
+
+/// What the kernel must be told of a version that comes after another.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Change {
+    /// What is new, or otherwise.
+    pub some: VipTargets,
+    /// Addresses that are nobody's any more.
+    pub gone: Vec<SocketAddr>,
+}
+
+impl Change {
+    /// Whether there is nothing to tell.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// Whose a destination is.
@@ -55,6 +74,21 @@ impl Catalog {
         self.service(owner)
     }
 
+    /// The instance that is called at an address of its own, and its service, where such connections are captured.
+    pub fn instance_at(&self, destination: SocketAddr) -> Option<(&Arc<Service>, &Arc<Instance>)> {
+        let address = SocketAddr::new(destination.ip().to_canonical(), destination.port());
+        let owner = self.instances.at(address)?;
+        if owner.rival.is_some() {
+            return None;
+        }
+        Some((self.service(&owner.service)?, &owner.instance))
+    }
+
+    /// What is wrong with the addresses of instances, for people.
+    pub fn instance_problems(&self) -> Vec<String> {
+        self.instances.problems()
+    }
+
     /// The service of that name.
     pub fn service(&self, name: &ServiceName) -> Option<&Arc<Service>> {
         self.snapshot.services.get(name)
@@ -73,15 +107,18 @@ impl Catalog {
         })
     }
 
-    /// What the kernel must know: every virtual address and port, whose it is, and whether it can be called.
+    /// What the kernel must know: every virtual address and port, whose it is, and whether it can be called; and every
+    /// address of an instance that is captured.
     ///
     /// `away` is what becomes of connects while no agent takes them.
     pub fn vip_targets(&self, away: &BTreeMap<ServiceName, AwayPolicy>) -> VipTargets {
-        self.vip_targets_of(self.snapshot.services.values(), away)
+        let mut targets = self.vip_targets_of(self.snapshot.services.values(), away);
+        add_instances(&mut targets, self.instances.all(), away);
+        targets
     }
 
-    /// The part of it that is about `services`.
-    pub fn vip_targets_of<'a>(
+    /// The part of it that is about the virtual addresses of `services`.
+    fn vip_targets_of<'a>(
         &self,
         services: impl IntoIterator<Item = &'a Arc<Service>>,
         away: &BTreeMap<ServiceName, AwayPolicy>,
@@ -115,9 +152,31 @@ impl Catalog {
         targets
     }
 
-    /// The services that the kernel must be told of when this version comes after `before`; `None` if it must be told
-    /// everything, since destinations came or went.
-    pub fn changed_in_kernel(&self, before: &Self) -> Option<Vec<&Arc<Service>>> {
+    /// What the kernel must be told when this version comes after `before`; `None` if that is everything, since services
+    /// came or went, or their virtual addresses or ports did.
+    pub fn change_in_kernel(
+        &self,
+        before: &Self,
+        away: &BTreeMap<ServiceName, AwayPolicy>,
+    ) -> Option<Change> {
+        let services = self.changed_in_kernel(before)?;
+        let mut change = Change {
+            some: self.vip_targets_of(services, away),
+            gone: vec![],
+        };
+        if !Arc::ptr_eq(&self.instances, &before.instances) {
+            let new = self.instances.new_since(&before.instances);
+            add_instances(&mut change.some, new, away);
+            // What is missing in a catalog that was not read whole may only be unreadable.
+            if self.snapshot.is_whole {
+                change.gone = self.instances.gone_since(&before.instances);
+            }
+        }
+        Some(change)
+    }
+
+    /// The services of which the kernel knows something else by `before`; `None` if it must be told everything.
+    fn changed_in_kernel(&self, before: &Self) -> Option<Vec<&Arc<Service>>> {
         let is_alike = Arc::ptr_eq(&self.owners, &before.owners)
             && self.snapshot.is_whole == before.snapshot.is_whole;
         let services = self.snapshot.services.values();
@@ -127,6 +186,26 @@ impl Catalog {
             !Arc::ptr_eq(now, before) && is_reachable(now) != is_reachable(before)
         });
         is_alike.then(|| changed.map(|(now, _)| now).collect())
+    }
+}
+
+/// Adds the addresses of instances. Only one port of each is ours.
+fn add_instances<'a>(
+    targets: &mut VipTargets,
+    instances: impl Iterator<Item = (SocketAddr, &'a Owner)>,
+    away: &BTreeMap<ServiceName, AwayPolicy>,
+) {
+    for (address, owner) in instances {
+        // Of two services neither has a say: nothing but a refusal is right for both.
+        let is_one = owner.rival.is_none();
+        let policy = away.get(&owner.service).copied().filter(|_| is_one);
+        let target = VipTarget {
+            away: policy.unwrap_or_default(),
+            service: id_of(&owner.service),
+            reachable: is_one,
+        };
+        targets.ports.insert(address, target);
+        targets.real.insert(address.ip());
     }
 }
 
@@ -148,6 +227,8 @@ pub struct CatalogStore {
     version: watch::Sender<u64>,
     /// Remembers the addresses given. Locked while publishing.
     allocator: Mutex<VipAllocator>,
+    /// What is virtual, if connections to addresses of instances are captured as well.
+    instances_but: Option<VipPools>,
 }
 
 impl CatalogStore {
@@ -157,6 +238,16 @@ impl CatalogStore {
             current: ArcSwap::default(),
             version: watch::channel(0).0,
             allocator: Mutex::new(allocator),
+            instances_but: None,
+        }
+    }
+
+    /// Has the addresses of instances captured as well, but for those in `virtual_ranges`.
+    #[must_use]
+    pub fn with_instances(self, virtual_ranges: VipPools) -> Self {
+        Self {
+            instances_but: Some(virtual_ranges),
+            ..self
         }
     }
 
@@ -175,6 +266,13 @@ impl CatalogStore {
                 let owners = Owners::new(&snapshot, &assigned.addresses);
                 (Arc::new(assigned.addresses), Arc::new(owners))
             };
+        let instances = match self.instances_but {
+            Some(ranges) if !is_alike(&before, &snapshot, &owners) => {
+                Arc::new(owners.instances(&snapshot, &addresses, ranges))
+            }
+            // Without, it is empty for ever.
+            Some(_) | None => Arc::clone(&before.instances),
+        };
         let version = before.version + 1;
         self.current.store(Arc::new(Catalog {
             version,
@@ -182,6 +280,7 @@ impl CatalogStore {
             snapshot,
             addresses,
             owners,
+            instances,
         }));
         self.version.send_replace(version);
         problems
@@ -218,6 +317,38 @@ impl Owners {
         }
         owners
     }
+
+    /// The addresses of the instances, but for what has an owner already.
+    fn instances(
+        &self,
+        snapshot: &Snapshot,
+        addresses: &BTreeMap<ServiceName, BTreeSet<IpAddr>>,
+        ranges: VipPools,
+    ) -> InstanceAddresses {
+        // Those outside of the ranges are few. Of a host outside the mesh only one port is taken.
+        let is_whole = |name: &ServiceName| {
+            let service = snapshot.services.get(name);
+            service.is_some_and(|service| service.destination().is_none())
+        };
+        let explicit: HashSet<IpAddr> = addresses
+            .iter()
+            .filter(|(name, _)| is_whole(name))
+            .flat_map(|(_, addresses)| addresses.iter().map(IpAddr::to_canonical))
+            .filter(|address| ranges.range_of(*address).is_none())
+            .collect();
+        InstanceAddresses::new(snapshot.services.values(), |address| {
+            let ip = address.ip();
+            ranges.range_of(ip).is_some()
+                || explicit.contains(&ip)
+                || self.by_destination.contains_key(&address)
+        })
+    }
+}
+
+/// Whether no service differs, nor what is virtual.
+fn is_alike(before: &Catalog, now: &Snapshot, owners: &Arc<Owners>) -> bool {
+    // Mostly by their pointers.
+    Arc::ptr_eq(owners, &before.owners) && before.snapshot.services == now.services
 }
 
 /// Whether the same services want the same addresses and ports in both.
@@ -377,6 +508,114 @@ mod tests {
             assert_eq!(publish(change), None);
             assert_eq!(publish(&|_| {}), None, "and back");
         }
+    }
+
+    fn instance_at(id: &str, address: &str) -> Arc<Instance> {
+        let address: SocketAddr = address.parse().unwrap();
+        Arc::new(Instance {
+            id: id.parse().unwrap(),
+            tunnel: (address.ip(), 15443).into(),
+            port: address.port(),
+            health: Health::Critical,
+            ..(*instance(id)).clone()
+        })
+    }
+
+    fn with_instances() -> CatalogStore {
+        store().with_instances(VipPools {
+            ipv4: "10.96.0.0/16".parse().unwrap(),
+            ipv6: "fd00::/64".parse().unwrap(),
+        })
+    }
+
+    #[test]
+    fn addresses_of_instances_are_captured_only_if_wanted() {
+        let mut snapshot = snapshot(&["db", "web"]);
+        let name: ServiceName = "db".parse().unwrap();
+        let db = Arc::make_mut(snapshot.services.get_mut(&name).unwrap());
+        db.explicit_addresses = [[192, 0, 2, 9].into()].into();
+        db.instances = [
+            ("1", "192.0.2.1:5432"),
+            ("2", "[2001:db8::2]:5432"),
+            ("in-range", "10.96.0.1:5432"),
+            ("virtual", "192.0.2.9:1"),
+        ]
+        .map(|(id, address)| instance_at(id, address))
+        .to_vec();
+        let away = BTreeMap::from([(name.clone(), AwayPolicy::Open)]);
+        let without = store();
+        without.publish(snapshot.clone());
+        let without = without.current().vip_targets(&away);
+        assert!(without.real.is_empty());
+
+        let store = with_instances();
+        assert!(store.publish(snapshot).is_empty());
+        let catalog = store.current();
+        let mut targets = catalog.vip_targets(&away);
+        let real: Vec<String> = targets.real.iter().map(ToString::to_string).collect();
+        assert_eq!(real, ["192.0.2.1", "2001:db8::2"]);
+        for address in ["192.0.2.1:5432", "[2001:db8::2]:5432"] {
+            let target = targets.ports.remove(&address.parse().unwrap()).unwrap();
+            // Whatever the health: who calls it has chosen it.
+            let expected = VipTarget {
+                service: id_of(&name),
+                reachable: true,
+                away: AwayPolicy::Open,
+            };
+            assert_eq!(target, expected);
+        }
+        assert_eq!(targets.ports, without.ports);
+        let mapped = "[::ffff:192.0.2.1]:5432".parse().unwrap();
+        let (service, instance) = catalog.instance_at(mapped).unwrap();
+        assert_eq!((&service.name, instance.id.as_str()), (&name, "1"));
+        for other in ["192.0.2.1:5433", "192.0.2.9:5432", "10.96.0.1:5432"] {
+            let other = other.parse().unwrap();
+            assert!(catalog.instance_at(other).is_none(), "{other}");
+        }
+    }
+
+    #[test]
+    fn the_kernel_is_told_of_instances_that_come_and_go() {
+        let store = with_instances();
+        let away = BTreeMap::new();
+        let publish = |is_whole: bool, instances: &[(&str, &str)]| {
+            let before = store.current();
+            let mut snapshot = snapshot(&["db", "web"]);
+            snapshot.is_whole = is_whole;
+            for (name, address) in instances {
+                let service = snapshot.services.get_mut(&name.parse().unwrap()).unwrap();
+                let instances = &mut Arc::make_mut(service).instances;
+                instances.push(instance_at(&format!("{name}-{address}"), address));
+            }
+            assert!(store.publish(snapshot).is_empty());
+            let now = store.current();
+            let change = now.change_in_kernel(&before, &away)?;
+            let some = change.some.ports.iter().map(|(address, target)| {
+                let refused = if target.reachable { "" } else { " refused" };
+                format!("{address}{refused}")
+            });
+            let gone = change.gone.iter().map(|address| format!("not {address}"));
+            Some(some.chain(gone).collect::<Vec<_>>().join(", "))
+        };
+        let (first, second) = (("db", "192.0.2.1:80"), ("db", "192.0.2.2:80"));
+        let rival = ("web", "192.0.2.2:80");
+        let told = |change: &str| Some(change.to_owned());
+        assert_eq!(publish(true, &[first]), None, "everything");
+        assert_eq!(publish(true, &[first]), told(""));
+        assert_eq!(publish(true, &[first, second]), told("192.0.2.2:80"));
+        assert_eq!(
+            publish(true, &[second]),
+            told("not 192.0.2.1:80"),
+            "one has gone"
+        );
+        assert_eq!(
+            publish(true, &[second, rival]),
+            told("192.0.2.2:80 refused")
+        );
+        assert_eq!(store.current().instance_problems().len(), 1);
+        assert_eq!(publish(true, &[rival]), told("192.0.2.2:80"), "another's");
+        assert_eq!(publish(false, &[rival]), None, "not whole");
+        assert_eq!(publish(false, &[first]), told("192.0.2.1:80"), "kept");
     }
 
     #[test]

@@ -6,7 +6,6 @@ use super::{load_config, output};
 use crate::{
     catalog::{
         file::{FileSource, Severity},
-        store::CatalogStore,
         vip::VipAllocator,
     },
     config::SourceConfig,
@@ -32,13 +31,15 @@ pub(super) fn validate(path: &Path) -> ExitCode {
     }
     // The addresses of this catalog alone: those given out before are the running agent's.
     let (allocator, _no_file) = VipAllocator::new(node::vip_pools(&config), None, Duration::ZERO);
-    let store = CatalogStore::new(allocator);
+    let store = node::catalog_store(&config, allocator);
     for problem in store.publish(loaded.snapshot.clone()) {
         wrong = true;
         output::complain(&chain(&problem).to_string());
     }
     let pools = node::vip_pools(&config);
-    for problem in node::away_problems(&config.away, &store.current(), pools) {
+    let catalog = store.current();
+    let away = node::away_problems(&config.away, &catalog, pools);
+    for problem in away.into_iter().chain(catalog.instance_problems()) {
         wrong = true;
         output::complain(&problem);
     }

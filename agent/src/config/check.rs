@@ -315,6 +315,7 @@ fn capture(c: &mut Checker<'_>, raw: raw::Capture) -> CaptureConfig {
         pin_directory: pins,
         so_original_dst: raw.so_original_dst,
         dns: raw.dns,
+        instances: raw.instances,
         hung_after: raw.hung_after.0,
         debug: raw.debug,
     }

@@ -89,6 +89,10 @@ pub struct AgentConfig {
 
 /// `[capture]`: whose connections are captured, and how.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a key of its own, which operators switch"
+)]
 pub struct CaptureConfig {
     /// `mode`: by what the kernel captures.
     pub mode: CaptureMode,
@@ -110,6 +114,8 @@ pub struct CaptureConfig {
     pub so_original_dst: bool,
     /// `dns`: capture DNS queries, so that workloads know services' names.
     pub dns: bool,
+    /// `instances`: capture connections to the addresses of services' instances as well.
+    pub instances: bool,
     /// `hung_after`: without a heartbeat for so long, the agent counts as away; `"off"` for never.
     pub hung_after: Option<Duration>,
     /// `debug`: let the eBPF programs log every decision.

@@ -79,6 +79,10 @@ pub(super) struct Agent {
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a key of its own, which operators switch"
+)]
 pub(super) struct Capture {
     #[serde(default)]
     pub(super) mode: super::CaptureMode,
@@ -100,6 +104,8 @@ pub(super) struct Capture {
     pub(super) so_original_dst: bool,
     #[serde(default)]
     pub(super) dns: bool,
+    #[serde(default)]
+    pub(super) instances: bool,
     #[serde(default = "hung_after")]
     pub(super) hung_after: Limit,
     #[serde(default)]

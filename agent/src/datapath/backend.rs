@@ -102,14 +102,19 @@ impl Backend {
         }
     }
 
-    /// Brings some of the catalog's addresses to the kernel and leaves the others as they are.
+    /// Brings some of the catalog's addresses to the kernel, then forgets those `gone`, and leaves the others as they
+    /// are. What is gone must be one port of an address of which other ports pass.
     ///
     /// # Errors
     /// [`DatapathError`]. Calling [`Self::reconcile`] after it is always right.
-    pub fn update(&self, some: &VipTargets) -> Result<Reconciled, DatapathError> {
+    pub fn update(
+        &self,
+        some: &VipTargets,
+        gone: &[SocketAddr],
+    ) -> Result<Reconciled, DatapathError> {
         match self {
-            Self::Programs(programs) => programs.reconcile(some, Undesired::Keep),
-            Self::Rules(rules) => rules.update(some),
+            Self::Programs(programs) => programs.update(some, gone),
+            Self::Rules(rules) => rules.update(some, gone),
         }
     }
 

@@ -103,7 +103,7 @@ pub enum DatapathError {
         source: io::Error,
     },
     /// More destinations than the maps were made for.
-    #[error("{wanted} virtual destinations, but capture.max_vips is {limit}: raise it and restart")]
+    #[error("{wanted} destinations, but capture.max_vips is {limit}: raise it and restart")]
     TooManyVips {
         /// How many there are.
         wanted: usize,

@@ -37,6 +37,7 @@ pub use types::{
 };
 
 use std::{
+    net::SocketAddr,
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
     path::PathBuf,
     time::Duration,
@@ -169,6 +170,24 @@ impl Datapath {
     ) -> Result<Reconciled, DatapathError> {
         let _one_at_a_time = self.reconciling.lock();
         reconcile::reconcile(&self.maps, desired, undesired, self.settings.max_vips)
+    }
+
+    /// Makes the maps say what `some` says, then forgets the destinations `gone`; the others stay as they are.
+    ///
+    /// # Errors
+    ///
+    /// [`DatapathError::Map`] if the kernel refuses, also for want of room. Calling [`Self::reconcile`] after it is
+    /// always right.
+    pub fn update(
+        &self,
+        some: &VipTargets,
+        gone: &[SocketAddr],
+    ) -> Result<Reconciled, DatapathError> {
+        let _one_at_a_time = self.reconciling.lock();
+        let max_vips = self.settings.max_vips;
+        let mut changed = reconcile::reconcile(&self.maps, some, Undesired::Keep, max_vips)?;
+        changed.removed = reconcile::forget(&self.maps, gone)?;
+        Ok(changed)
     }
 
     /// What an accepted connection was aimed at and who aimed; `None` if it was not captured, which

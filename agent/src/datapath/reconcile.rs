@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     io,
+    net::SocketAddr,
     os::fd::{AsFd as _, BorrowedFd},
 };
 
@@ -79,6 +80,26 @@ pub(super) fn reconcile(
     Ok(changed)
 }
 
+/// Removes destinations that are one port of an address of somebody else's. Returns how many were there.
+pub(super) fn forget(maps: &Maps, gone: &[SocketAddr]) -> Result<usize, DatapathError> {
+    let vips = maps.vips.as_fd();
+    let mut there = Vec::with_capacity(gone.len());
+    for destination in gone {
+        let key = key_of(destination);
+        let found = bpf::map_lookup::<VipKey, VipValue>(vips, &key)
+            .map_err(|source| DatapathError::map("VIPS", MapOperation::Read, source))?;
+        there.extend(found.map(|_value| key));
+    }
+    bpf::map_delete_batch(vips, &there)
+        .map_err(|source| DatapathError::map("VIPS", MapOperation::Delete, source))?;
+    Ok(there.len())
+}
+
+fn key_of(destination: &SocketAddr) -> VipKey {
+    let address = Address::from_ip(destination.ip());
+    VipKey::new(address, PortBe::from_host(destination.port()))
+}
+
 /// What a map has: all of it, or as much as matters where nothing is removed.
 fn there<K: Pod + Ord, V: Pod>(
     map: BorrowedFd<'_>,
@@ -101,10 +122,10 @@ fn wanted(desired: &VipTargets) -> (BTreeMap<VipKey, VipValue>, BTreeMap<Address
     let mut vips = BTreeMap::new();
     let mut addresses = BTreeMap::new();
     for (destination, target) in &desired.ports {
-        let address = Address::from_ip(destination.ip());
-        let key = VipKey::new(address, PortBe::from_host(destination.port()));
+        let key = key_of(destination);
         vips.insert(key, VipValue::new(&key, in_kernel(target)));
         if !desired.real.contains(&destination.ip()) {
+            let address = Address::from_ip(destination.ip());
             addresses.insert(address, KnownAddress::listed_ports(&address));
         }
     }

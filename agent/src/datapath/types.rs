@@ -107,7 +107,7 @@ pub struct VipTargets {
     pub ports: BTreeMap<SocketAddr, VipTarget>,
     /// Who answers at every port of an address that `ports` does not have.
     pub any_port: BTreeMap<IpAddr, VipTarget>,
-    /// Addresses of hosts outside the mesh: what is not in `ports` is not ours there, and passes.
+    /// Addresses of hosts outside the mesh, and of instances: what is not in `ports` is not ours there, and passes.
     pub real: BTreeSet<IpAddr>,
 }
 

@@ -178,6 +178,8 @@ pub(super) async fn open(
     let (local, local_seen) = watch::channel(None);
     let settings = SourceSettings {
         max_watches: consul.max_watches,
+        // Of a service that nobody here may call, an instance's own address must not lead around the mesh either.
+        everything: around.config.capture.instances,
         ..SourceSettings::new(name.clone(), domain.clone())
     };
     let (source, handle) = ConsulSource::new(client.clone(), settings, local_seen);

@@ -58,8 +58,8 @@ pub(super) struct Follower {
     behind: bool,
     /// What the kernel was last brought up to date with.
     in_kernel: Option<(Arc<Catalog>, Arc<Config>)>,
-    /// What of `[[away]]` is not possible, as last told.
-    away_problems: Vec<String>,
+    /// What of `[[away]]` is not possible, and which instances cannot be told apart, as last told.
+    told_problems: Vec<String>,
     look_for_namespaces: Interval,
     sweep: Interval,
     compare: Interval,
@@ -86,7 +86,7 @@ impl Follower {
             namespaces: BTreeMap::new(),
             behind: false,
             in_kernel: None,
-            away_problems: vec![],
+            told_problems: vec![],
             look_for_namespaces: every(NAMESPACES),
             sweep: every(SWEEP.0),
             compare: every(COMPARE),
@@ -149,23 +149,20 @@ impl Follower {
     }
 
     /// Brings to the kernel what changed since it was last brought up to date: mostly nothing, since it knows no
-    /// endpoints.
+    /// endpoints, unless connections to their addresses are captured.
     fn follow_in_kernel(&mut self, catalog: &Arc<Catalog>) {
         let config = self.node.config.load_full();
-        self.tell_away_problems(catalog, &config);
+        self.tell_problems(catalog, &config);
         let before = self
             .in_kernel
             .take()
             .filter(|(_, before)| Arc::ptr_eq(before, &config));
-        let changed = before
+        let change = before
             .as_ref()
-            .and_then(|(before, _)| catalog.changed_in_kernel(before));
-        let result = match changed {
-            Some(changed) if changed.is_empty() => Ok(Reconciled::default()),
-            Some(changed) => {
-                let some = catalog.vip_targets_of(changed, &config.away);
-                self.node.datapath.update(&some)
-            }
+            .and_then(|(before, _)| catalog.change_in_kernel(before, &config.away));
+        let result = match change {
+            Some(change) if change.is_empty() => Ok(Reconciled::default()),
+            Some(change) => self.node.datapath.update(&change.some, &change.gone),
             None => self.bring_all(catalog, &config),
         };
         match result {
@@ -179,7 +176,7 @@ impl Follower {
                         added = changed.added,
                         changed = changed.changed,
                         removed = changed.removed,
-                        "virtual addresses in the kernel"
+                        "addresses in the kernel"
                     );
                 }
             }
@@ -189,23 +186,24 @@ impl Follower {
                 let before = self.node.kernel_problem.lock().replace(problem.clone());
                 // It is tried again every second.
                 if before.as_ref() != Some(&problem) {
-                    tracing::error!(
-                        error = problem,
-                        "virtual addresses not brought to the kernel"
-                    );
+                    tracing::error!(error = problem, "addresses not brought to the kernel");
                 }
             }
         }
     }
 
-    fn tell_away_problems(&mut self, catalog: &Catalog, config: &Config) {
-        let problems = away::problems(&config.away, catalog, start::vip_pools(config));
-        for problem in &problems {
-            if !self.away_problems.contains(problem) {
-                tracing::error!(problem, "configuration");
-            }
+    /// Each problem once, as long as it lasts.
+    fn tell_problems(&mut self, catalog: &Catalog, config: &Config) {
+        let away = away::problems(&config.away, catalog, start::vip_pools(config));
+        let instances = catalog.instance_problems();
+        let is_told = |problem: &&String| self.told_problems.contains(problem);
+        for problem in away.iter().filter(|problem| !is_told(problem)) {
+            tracing::error!(problem, "configuration");
         }
-        self.away_problems = problems;
+        for problem in instances.iter().filter(|problem| !is_told(problem)) {
+            tracing::error!(problem, "addresses of instances");
+        }
+        self.told_problems = [away, instances].concat();
     }
 
     /// Compares all that the kernel has with the catalog.

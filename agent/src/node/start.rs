@@ -327,7 +327,17 @@ fn catalog(config: &Config) -> Arc<CatalogStore> {
     if let Some(problem) = damaged {
         tracing::error!(problem = %chain(&problem), "virtual addresses follow from names again");
     }
-    Arc::new(CatalogStore::new(allocator))
+    Arc::new(catalog_store(config, allocator))
+}
+
+/// Of addresses by `allocator`.
+pub(crate) fn catalog_store(config: &Config, allocator: VipAllocator) -> CatalogStore {
+    let store = CatalogStore::new(allocator);
+    if config.capture.instances {
+        store.with_instances(vip_pools(config))
+    } else {
+        store
+    }
 }
 
 /// The answer where no intention matches: the source's, if it has one.

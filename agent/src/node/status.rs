@@ -396,6 +396,7 @@ fn problems(node: &Node) -> Vec<String> {
     let (config, catalog) = (node.config.load(), node.catalog.current());
     let ranges = start::vip_pools(&config);
     problems.extend(away::problems(&config.away, &catalog, ranges));
+    problems.extend(catalog.instance_problems());
     problems
 }
 

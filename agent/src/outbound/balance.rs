@@ -123,6 +123,16 @@ impl Balancer {
         })
     }
 
+    /// Takes this very instance, whatever its health and whoever left it out: who calls has chosen it.
+    pub fn keep(&self, service: &ServiceName, instance: &Arc<Instance>) -> Choice {
+        let seen = self.seen(service, instance);
+        seen.live.fetch_add(1, Ordering::Relaxed);
+        Choice {
+            instance: Arc::clone(instance),
+            seen,
+        }
+    }
+
     /// Forgets instances that neither the catalog nor any of `found` has any longer.
     pub fn retain(&self, snapshot: &Snapshot, found: &[Arc<Service>]) {
         let mut seen = self.seen.lock();
@@ -235,6 +245,19 @@ mod tests {
                 .choose(&self::service(&[Health::Critical]), &[])
                 .is_none()
         );
+    }
+
+    #[test]
+    fn an_instance_that_was_chosen_already_is_kept_and_counted() {
+        let balancer = Balancer::default();
+        let service = service(&[Health::Critical, Health::Passing, Health::Passing]);
+        for _ in 0..10 {
+            let kept = balancer.keep(&service.name, &service.instances[0]);
+            assert_eq!(kept.instance.id.as_str(), "db-0", "although it is critical");
+            assert!((0..3).any(|_| kept.failed(EJECTION)));
+        }
+        let held = [(); 20].map(|()| balancer.keep(&service.name, &service.instances[1]));
+        assert_eq!(held[0].seen.live.load(Ordering::Relaxed), 20);
     }
 
     #[test]

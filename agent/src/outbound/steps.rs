@@ -10,7 +10,7 @@ use crate::{
         model::{Instance, IntentionAction, Service, ServiceName},
         store::{Catalog, id_of},
     },
-    datapath::Maker,
+    datapath::{Captured, Maker},
     identity::{LocalDomain, spiffe::SpiffeId, workload_tls::WorkloadTls},
     telemetry::{
         log::chain,
@@ -29,6 +29,8 @@ pub(super) struct Caller {
 /// What is called: a service in one version of the catalog.
 pub(super) struct Callee {
     pub(super) service: Arc<Service>,
+    /// The instance that was called by its own address.
+    instance: Option<Arc<Instance>>,
     catalog: Arc<Catalog>,
 }
 
@@ -136,22 +138,17 @@ impl Outbound {
         Ok(Caller { identity, tls })
     }
 
-    /// Which service is called. The owner of an original destination must be the one that the kernel saw at
-    /// `connect()`.
+    /// Which service is called, and which instance, if one was called by its own address. The owner of an original
+    /// destination must be the one that the kernel saw at `connect()`.
     pub(super) async fn destination(&self, wanted: &Wanted<'_>) -> Result<Callee, Outcome> {
-        let find = |catalog: &Catalog| {
-            let service = match wanted {
-                Wanted::Captured(captured) => catalog
-                    .service_at(captured.destination)
-                    .filter(|service| id_of(&service.name) == captured.service),
-                Wanted::Service(name) => catalog.service(name),
-                Wanted::Found(found) => return found.service(),
-            };
-            service.map(Arc::clone)
+        let find = |catalog: &Catalog| match wanted {
+            Wanted::Captured(captured) => called(catalog, captured),
+            Wanted::Service(name) => catalog.service(name).map(|it| (Arc::clone(it), None)),
+            Wanted::Found(found) => found.service().map(|it| (it, None)),
         };
         let mut catalog = self.catalog.current();
         let mut found = find(&catalog);
-        if let (Some(service), Some(source)) = (&found, &self.freshness)
+        if let (Some((service, _)), Some(source)) = (&found, &self.freshness)
             && !matches!(wanted, Wanted::Found(_))
             && service.destination().is_none()
         {
@@ -159,8 +156,12 @@ impl Outbound {
             catalog = self.catalog.current();
             found = find(&catalog);
         }
-        if let Some(service) = found {
-            return Ok(Callee { service, catalog });
+        if let Some((service, instance)) = found {
+            return Ok(Callee {
+                service,
+                instance,
+                catalog,
+            });
         }
         let error = match wanted {
             Wanted::Captured(captured) => {
@@ -223,7 +224,8 @@ impl Outbound {
     /// Steps 6 and 7: choose an instance and open a tunnel to its node, as the caller; or a plain connection, if the
     /// service is outside the mesh.
     ///
-    /// Another instance is tried once if the first cannot be dialled; nothing was sent by then.
+    /// Another instance is tried once if the first cannot be dialled; nothing was sent by then. One that was called by
+    /// its own address is dialled as it is, and no other.
     pub(super) async fn open(
         &self,
         permit: Permit<'_>,
@@ -238,10 +240,16 @@ impl Outbound {
         } else {
             (Arc::clone(&callee.service), &self.balancer)
         };
+        let kept = callee.instance.as_ref();
+        let attempts = if kept.is_some() { 1 } else { ATTEMPTS };
+        let choose = |tried: &[Choice]| match kept {
+            Some(instance) => Some(balancer.keep(&service.name, instance)),
+            None => balancer.choose(&service, tried),
+        };
         let mut tried: Vec<Choice> = Vec::new();
         let mut last_error = None;
-        while tried.len() < ATTEMPTS
-            && let Some(choice) = balancer.choose(&service, &tried)
+        while tried.len() < attempts
+            && let Some(choice) = choose(&tried)
         {
             let opened = self.open_to(caller, callee, &choice, settings, record);
             match opened.await {
@@ -395,6 +403,17 @@ impl Outbound {
     }
 }
 
+/// Who is at the address that was called, and is who the kernel saw there.
+fn called(catalog: &Catalog, captured: &Captured) -> Option<(Arc<Service>, Option<Arc<Instance>>)> {
+    let is_same = |service: &Arc<Service>| id_of(&service.name) == captured.service;
+    let at = captured.destination;
+    if let Some(service) = catalog.service_at(at).filter(|service| is_same(service)) {
+        return Some((Arc::clone(service), None));
+    }
+    let (service, instance) = catalog.instance_at(at)?;
+    is_same(service).then(|| (Arc::clone(service), Some(Arc::clone(instance))))
+}
+
 /// Who must answer at `instance` of `service`, and the name to ask for there.
 fn expected_server(
     local: &LocalDomain,
@@ -420,15 +439,20 @@ mod tests {
     use std::{collections::BTreeMap, sync::Arc};
 
     use super::*;
-    use crate::catalog::model::{Health, Target, Weights};
+    use crate::{
+        catalog::{
+            model::{Health, Ports, ServiceDefaults, Snapshot, Target, Weights},
+            store::CatalogStore,
+            vip::{VipAllocator, VipPools},
+        },
+        datapath::{CgroupId, NetnsCookie},
+    };
 
-    #[test]
-    fn an_instance_that_stands_in_must_be_who_it_is() {
-        let local = LocalDomain::new("td.test".parse().unwrap(), "dc1".to_owned());
-        let instance = |target| Instance {
-            id: "db-1".parse().unwrap(),
+    fn instance(id: &str, address: [u8; 4], target: Option<Target>) -> Instance {
+        Instance {
+            id: id.parse().unwrap(),
             node: "a".parse().unwrap(),
-            tunnel: ([192, 0, 2, 1], 21000).into(),
+            tunnel: (address, 21000).into(),
             local: ([127, 0, 0, 1], 5432).into(),
             port: 5432,
             tags: vec![],
@@ -436,7 +460,73 @@ mod tests {
             health: Health::Passing,
             weights: Weights::default(),
             target,
+        }
+    }
+
+    #[test]
+    fn who_is_called_is_who_the_kernel_saw_at_the_address() {
+        let pools = VipPools {
+            ipv4: "240.0.0.0/4".parse().unwrap(),
+            ipv6: "fd00::/64".parse().unwrap(),
         };
+        let (allocator, _no_file) = VipAllocator::new(pools, None, Duration::ZERO);
+        let store = CatalogStore::new(allocator).with_instances(pools);
+        let services = [("db", 1), ("web", 3)].map(|(name, first)| {
+            let instances = [first, first + 1].map(|host| {
+                let id = format!("{name}-{host}");
+                Arc::new(instance(&id, [192, 0, 2, host], None))
+            });
+            let service = Service {
+                name: name.parse().unwrap(),
+                instances: instances.to_vec(),
+                explicit_addresses: [[240, 0, 0, first].into()].into(),
+                ports: Ports::Listed([5432].into()),
+                defaults: ServiceDefaults::default(),
+            };
+            (service.name.clone(), Arc::new(service))
+        });
+        let problems = store.publish(Snapshot {
+            services: services.into(),
+            ..Snapshot::default()
+        });
+        assert!(problems.is_empty());
+        let table = [
+            ("240.0.0.1:5432", "db", Some("db")),
+            ("192.0.2.1:5432", "db", Some("db/db-1")),
+            ("192.0.2.2:5432", "db", Some("db/db-2")),
+            ("[::ffff:192.0.2.2]:5432", "db", Some("db/db-2")),
+            ("192.0.2.4:5432", "web", Some("web/web-4")),
+            // It was another's at connect().
+            ("192.0.2.4:5432", "db", None),
+            ("240.0.0.1:5432", "web", None),
+            // It was somebody's.
+            ("192.0.2.2:5433", "db", None),
+            ("192.0.2.9:5432", "db", None),
+        ];
+        for (destination, service, expected) in table {
+            let captured = Captured {
+                destination: destination.parse().unwrap(),
+                service: id_of(&service.parse().unwrap()),
+                maker: Maker {
+                    cgroup: CgroupId(1),
+                    netns: NetnsCookie(1),
+                    uid: 0,
+                    process: 0,
+                },
+                socket_cookie: 1,
+            };
+            let found = called(&store.current(), &captured).map(|(service, instance)| {
+                let instance = instance.map(|instance| format!("/{}", instance.id));
+                format!("{}{}", service.name, instance.unwrap_or_default())
+            });
+            assert_eq!(found.as_deref(), expected, "{destination} {service}");
+        }
+    }
+
+    #[test]
+    fn an_instance_that_stands_in_must_be_who_it_is() {
+        let local = LocalDomain::new("td.test".parse().unwrap(), "dc1".to_owned());
+        let instance = |target| instance("db-1", [192, 0, 2, 1], target);
         let target = |sni: Option<&str>| Target {
             service: "db-standby".parse().unwrap(),
             datacenter: "dc2".into(),

@@ -272,16 +272,27 @@ impl Iptables {
         Ok(reconciled)
     }
 
-    /// Makes the rules say what `some` says, and what they say already of the rest.
+    /// Makes the rules say what `some` says, nothing of the ports `gone`, and what they say already of the rest.
     ///
     /// # Errors
     /// As [`Self::reconcile`].
-    pub fn update(&self, some: &VipTargets) -> Result<Reconciled, DatapathError> {
+    pub fn update(
+        &self,
+        some: &VipTargets,
+        gone: &[SocketAddr],
+    ) -> Result<Reconciled, DatapathError> {
         let known = self.known.load_full();
         let mut desired = known.desired.clone();
         desired.ports.extend(&some.ports);
         desired.any_port.extend(&some.any_port);
         desired.real.extend(&some.real);
+        if !gone.is_empty() {
+            for at in gone {
+                desired.ports.remove(at);
+            }
+            let named: BTreeSet<IpAddr> = desired.ports.keys().map(SocketAddr::ip).collect();
+            desired.real.retain(|address| named.contains(address));
+        }
         let undesired = if known.keeps {
             Undesired::Keep
         } else {

@@ -269,8 +269,11 @@ impl Destinations {
         catalog: &Catalog,
         limit: Duration,
     ) -> Result<TcpStream, DialError> {
-        let owner = catalog.service_at(address);
-        if let Some(owner) = owner.filter(|owner| owner.destination().is_none()) {
+        let virtual_there = catalog.service_at(address);
+        let owner = virtual_there
+            .filter(|owner| owner.destination().is_none())
+            .or_else(|| catalog.instance_at(address).map(|(owner, _)| owner));
+        if let Some(owner) = owner {
             let owner = owner.name.clone();
             return Err(DialError::InMesh { address, owner });
         }

@@ -244,6 +244,25 @@ async fn nothing_leads_to_the_agent_or_around_the_mesh() {
     let address = "10.96.0.5:443".parse().unwrap();
     let error = dial(&[], &catalog, address).await.unwrap_err();
     assert!(error.to_string().contains("an address of db"), "{error}");
+
+    // Nor to an instance, where connections to these are captured.
+    let service = catalog.service(&"db".parse().unwrap()).unwrap();
+    let endpoints = with_endpoints(service, 5432, &["192.0.2.9".parse().unwrap()].into());
+    let mut instance = (*endpoints.instances[0]).clone();
+    instance.tunnel.set_port(15_443);
+    let in_mesh = Service {
+        instances: vec![instance.into()],
+        ..(**service).clone()
+    };
+    let allocator = VipAllocator::new(pools(), None, Duration::ZERO).0;
+    let store = CatalogStore::new(allocator).with_instances(pools());
+    store.publish(Snapshot {
+        services: [(in_mesh.name.clone(), in_mesh.into())].into(),
+        ..Snapshot::default()
+    });
+    let address = "192.0.2.9:5432".parse().unwrap();
+    let error = dial(&[], &store.current(), address).await.unwrap_err();
+    assert!(error.to_string().contains("an address of db"), "{error}");
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ use std::{
 use serde::Serialize;
 
 use crate::{
-    catalog::model::{Health, Instance, InstanceId, NodeName, ServiceName, Weights},
+    catalog::model::{Health, Instance, InstanceId, META_ADDRESS, NodeName, ServiceName, Weights},
     consul::answers::{AgentServices, ServiceEntry},
 };
 
@@ -101,6 +101,12 @@ pub struct OwnNode {
 impl OwnNode {
     /// The instance as the model has it: tunnels come in at `port`, the application is at `local`.
     pub fn instance(&self, service: &LocalService, port: u16, local: SocketAddr) -> Instance {
+        let mut meta = service.meta.clone();
+        let registered = SocketAddr::new(service.address.unwrap_or(self.address), service.port);
+        // Others know the port of the application by `local` alone, and its address by that of the tunnel.
+        if registered != SocketAddr::new(self.address, local.port()) {
+            meta.insert(META_ADDRESS.to_owned(), registered.to_string());
+        }
         Instance {
             id: service.instance.clone(),
             node: self.name.clone(),
@@ -108,7 +114,7 @@ impl OwnNode {
             local,
             port: service.port,
             tags: service.tags.clone(),
-            meta: service.meta.clone(),
+            meta,
             health: Health::Passing,
             weights: service.weights,
             target: None,

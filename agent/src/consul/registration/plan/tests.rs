@@ -75,6 +75,35 @@ fn a_registration_is_a_connect_proxy_with_all_that_the_service_says() {
 }
 
 #[test]
+fn an_address_that_does_not_follow_from_the_proxy_is_told() {
+    let local: SocketAddr = ([127, 0, 0, 1], 8080).into();
+    let table = [
+        ("", 8080, None),
+        ("192.0.2.1", 8080, None),
+        ("0.0.0.0", 8080, None),
+        ("192.0.2.9", 8080, Some("192.0.2.9:8080")),
+        ("2001:db8::9", 8080, Some("[2001:db8::9]:8080")),
+        ("", 80, Some("192.0.2.1:80")),
+    ];
+    for (address, port, expected) in table {
+        let mut service = web();
+        service["Address"] = json!(address);
+        service["Port"] = json!(port);
+        let (services, _) = local_services(&agent(&[service]));
+        let instance = node().instance(&services[0], 21_500, local);
+        let registered = expected.unwrap_or("192.0.2.1:8080");
+        assert_eq!(
+            instance.address().to_string(),
+            registered,
+            "{address} {port}"
+        );
+        let registration = node().registration(&services[0].service, &instance);
+        let told = registration.meta.get(META_ADDRESS).map(String::as_str);
+        assert_eq!(told, expected, "{address} {port}");
+    }
+}
+
+#[test]
 fn only_instances_that_can_be_reached_through_the_node_are_local() {
     let present = agent(&[
         web(),
