@@ -187,6 +187,37 @@ fn a_full_catalog_can_be_replaced_by_another() {
 }
 
 #[test]
+fn a_real_address_that_is_forgotten_passes_again_and_the_others_stay() {
+    let bench = Bench::new("forget", |workload| vec![workload], |_| {});
+    let [kept, gone, never]: [SocketAddr; 3] =
+        ["192.0.2.1:80", "192.0.2.2:80", "192.0.2.3:80"].map(|it| it.parse().unwrap());
+    let target = catalog(1).ports.into_values().next().unwrap();
+    let some = VipTargets {
+        ports: [(kept, target), (gone, target)].into(),
+        real: [kept.ip(), gone.ip()].into(),
+        ..VipTargets::default()
+    };
+    let update = |some: &VipTargets, forgotten: &[SocketAddr]| {
+        let changed = bench.datapath.update(some, forgotten).unwrap();
+        (changed.added, changed.changed, changed.removed)
+    };
+    let ends = || {
+        bench.client(
+            &bench.workload,
+            "for end in (('192.0.2.1', 80), ('192.0.2.2', 80), ('192.0.2.2', 81), ('240.0.0.5', 80)):\n\
+             \ts = socket.socket(); print(errno.errorcode.get(s.connect_ex(end), 'taken'), end=' ')",
+        )
+    };
+    assert_eq!(update(&some, &[]), (2, 0, 0));
+    assert_eq!(ends(), "taken taken ENETUNREACH taken ");
+    assert_eq!(bench.accept().unwrap().destination, kept);
+    assert_eq!(update(&VipTargets::default(), &[never, gone]), (0, 0, 1));
+    // What is in no range and nobody's goes where it went before: here, nowhere.
+    assert_eq!(ends(), "taken ENETUNREACH ENETUNREACH taken ");
+    assert_eq!(update(&some, &[kept]), (1, 0, 1));
+}
+
+#[test]
 fn a_cgroup_that_is_listed_twice_captures_as_if_listed_once() {
     let twice = |workload: PathBuf| vec![workload.clone(), workload];
     let bench = Bench::new("twice", twice, |_| {});

@@ -1,4 +1,5 @@
-//! Every claim of `cargo xtask prove iptables`, and of `prove path` by iptables rules, at its quick size.
+//! Every claim of `cargo xtask prove iptables`, and of `prove path` by iptables rules, at its quick size; and those of
+//! `prove names` that are about capture.
 
 #![expect(
     clippy::tests_outside_test_module,
@@ -6,7 +7,7 @@
 )]
 
 use bpf_tests::{
-    claims::{iptables, path},
+    claims::{iptables, names, path},
     mode::Mode,
 };
 
@@ -94,6 +95,13 @@ test_claims_by! {
     load_follows_health
     connections_reach_the_right_service
     many_connections_at_once;
+
+    IptablesNft, names_nft: names::TOPIC:
+    an_instance_called_by_its_address_is_kept
+    instances_that_come_and_go_are_followed;
+
+    IptablesLegacy, names_legacy: names::TOPIC:
+    instances_that_come_and_go_are_followed;
 }
 
 #[test]

@@ -24,6 +24,10 @@ test_claims! {
     a_host_outside_is_called_by_its_name
     the_addresses_of_a_host_are_followed_and_kept
     a_new_denial_ends_what_goes_outside
+    an_instance_called_by_its_address_is_kept
+    instances_that_come_and_go_are_followed
+    srv_records_lead_to_instances_in_the_mesh
+    instances_of_consul_are_captured
     own_names_are_answered_fast
     an_upgrade_loses_no_query
 }

@@ -46,7 +46,7 @@ pub(in crate::claims) fn connect(mesh: &Mesh) -> Result<String> {
 }
 
 /// As [`connect`], to any address.
-pub(super) fn connect_to(mesh: &Mesh, to: SocketAddr) -> Result<String> {
+pub(in crate::claims) fn connect_to(mesh: &Mesh, to: SocketAddr) -> Result<String> {
     let report = mesh.shop.ask_peer(&format!("read {to}"), SOON)?;
     let connected = report.get("connected") == Some(&true.into());
     let end = report.get("end").and_then(Value::as_str);
@@ -76,7 +76,7 @@ pub(super) fn wait_until_idle(node: &Node) -> Result<()> {
 }
 
 /// What a node's status says is wrong with its catalog.
-pub(super) fn problems(node: &Node) -> Result<Vec<String>> {
+pub(in crate::claims) fn problems(node: &Node) -> Result<Vec<String>> {
     let status = node.status()?;
     let problems = status.pointer("/catalog/problems");
     let problems = problems.and_then(Value::as_array);

@@ -3,6 +3,7 @@
 mod captured;
 mod clients;
 mod consul;
+mod instances;
 mod load;
 mod outside;
 mod upstream;
@@ -38,6 +39,10 @@ pub const TOPIC: Topic = Topic {
         outside::a_host_outside_is_called_by_its_name: "a host outside the mesh is called by its name over TLS from a container without a route to it, and by its address; who may not call it does not reach it";
         outside::the_addresses_of_a_host_are_followed_and_kept: "when a host outside the mesh moves, calls follow it, and go on while the upstream that knows it is away";
         outside::a_new_denial_ends_what_goes_outside: "an intention that denies ends live connections to a host outside the mesh";
+        instances::an_instance_called_by_its_address_is_kept: "with capture.instances, an instance that is called by its own address is reached through the mesh, that one and no other, also on its own node; who may not call it is refused";
+        instances::instances_that_come_and_go_are_followed: "with capture.instances, instances that come and go are followed, one that fails its checks is reached, and two services at one address are refused there";
+        instances::srv_records_lead_to_instances_in_the_mesh: "with capture.instances and dns.service_answers = instances, curl to what dig finds by SRV goes through the mesh to that instance";
+        instances::instances_of_consul_are_captured: "with capture.instances and Consul, instances that Consul's own DNS names are reached through the mesh, with an address of their own too, and once denied not at all";
         load::own_names_are_answered_fast: "20,000 queries of own names per second (5,000 without optimisation) are answered and none is lost; dnsmasq's rate is told beside";
         load::an_upgrade_loses_no_query: "`sidestep upgrade` under load: no query is lost, and none is answered wrong";
     },
