@@ -83,22 +83,22 @@ impl InstanceAddresses {
         self.owners.iter().map(|(address, owner)| (*address, owner))
     }
 
-    /// Those that `before` has not, or has otherwise as far as the kernel knows.
-    pub fn new_since(&self, before: &Self) -> impl Iterator<Item = (SocketAddr, &Owner)> {
-        self.all().filter(|(address, owner)| {
-            let same = |before: &Owner| {
-                before.service == owner.service && before.rival.is_some() == owner.rival.is_some()
-            };
-            !before.at(*address).is_some_and(same)
-        })
-    }
-
-    /// Those that only `before` has.
-    pub fn gone_since(&self, before: &Self) -> Vec<SocketAddr> {
-        let gone = before.owners.keys();
-        gone.filter(|address| !self.owners.contains_key(address))
-            .copied()
-            .collect()
+    /// What differs from `before` as far as the kernel knows it: those that are new or otherwise, and those that are gone.
+    /// One walk along both.
+    pub fn since<'a>(&'a self, before: &Self) -> (Vec<(SocketAddr, &'a Owner)>, Vec<SocketAddr>) {
+        let (mut new, mut gone) = (vec![], vec![]);
+        let mut before = before.all().peekable();
+        for (address, owner) in self.all() {
+            while let Some((old, _)) = before.next_if(|(old, _)| *old < address) {
+                gone.push(old);
+            }
+            let same = before.next_if(|(old, _)| *old == address);
+            if !same.is_some_and(|(_, before)| before.is_same_in_kernel(owner)) {
+                new.push((address, owner));
+            }
+        }
+        gone.extend(before.map(|(old, _)| old));
+        (new, gone)
     }
 
     /// What is wrong with them, for people.
@@ -128,6 +128,10 @@ impl Owner {
             instance: Arc::clone(instance),
             rival: None,
         }
+    }
+
+    fn is_same_in_kernel(&self, other: &Self) -> bool {
+        self.service == other.service && self.rival.is_some() == other.rival.is_some()
     }
 
     /// One that fails its checks has lost its address to one that does not: schedulers give addresses away again before
@@ -346,15 +350,9 @@ mod tests {
             ])
         };
         let changes = |before: &InstanceAddresses, now: &InstanceAddresses| {
-            let new: Vec<String> = now
-                .new_since(before)
-                .map(|(at, _)| at.to_string())
-                .collect();
-            let gone = now
-                .gone_since(before)
-                .iter()
-                .map(ToString::to_string)
-                .collect();
+            let (new, gone) = now.since(before);
+            let new: Vec<String> = new.iter().map(|(at, _)| at.to_string()).collect();
+            let gone = gone.iter().map(ToString::to_string).collect();
             (new, gone)
         };
         let none = || (vec![], Vec::<String>::new());
@@ -375,5 +373,16 @@ mod tests {
             service("web", vec![instance("1", "192.0.2.2:80")]),
         ]);
         assert_eq!(changes(&db, &contested), (first(), vec![]), "refused");
+
+        let hosts = |all: &[u8]| {
+            let instances = all.iter();
+            let instances = instances.map(|n| instance(&n.to_string(), &format!("192.0.2.{n}:80")));
+            addresses(&[service("db", instances.collect())])
+        };
+        let both = hosts(&[2, 3, 5, 8, 9]);
+        let (new, gone) = changes(&both, &hosts(&[1, 3, 4, 8]));
+        assert_eq!(new, ["192.0.2.1:80", "192.0.2.4:80"]);
+        assert_eq!(gone, ["192.0.2.2:80", "192.0.2.5:80", "192.0.2.9:80"]);
+        assert_eq!(changes(&both, &hosts(&[])).1.len(), 5);
     }
 }

@@ -165,11 +165,11 @@ impl Catalog {
             gone: vec![],
         };
         if !Arc::ptr_eq(&self.instances, &before.instances) {
-            let new = self.instances.new_since(&before.instances);
-            add_instances(&mut change.some, new, away);
+            let (new, gone) = self.instances.since(&before.instances);
+            add_instances(&mut change.some, new.into_iter(), away);
             // What is missing in a catalog that was not read whole may only be unreadable.
             if self.snapshot.is_whole {
-                change.gone = self.instances.gone_since(&before.instances);
+                change.gone = gone;
             }
         }
         Some(change)
@@ -334,11 +334,11 @@ impl Owners {
             .iter()
             .filter(|(name, _)| is_whole(name))
             .flat_map(|(_, addresses)| addresses.iter().map(IpAddr::to_canonical))
-            .filter(|address| ranges.range_of(*address).is_none())
+            .filter(|address| !ranges.contain(*address))
             .collect();
         InstanceAddresses::new(snapshot.services.values(), |address| {
             let ip = address.ip();
-            ranges.range_of(ip).is_some()
+            ranges.contain(ip)
                 || explicit.contains(&ip)
                 || self.by_destination.contains_key(&address)
         })

@@ -30,9 +30,17 @@ pub struct VipPools {
 impl VipPools {
     /// The range that an address is in, if it is in one.
     pub fn range_of(&self, address: IpAddr) -> Option<String> {
+        self.contain(address).then(|| match address.to_canonical() {
+            IpAddr::V4(_) => self.ipv4.to_string(),
+            IpAddr::V6(_) => self.ipv6.to_string(),
+        })
+    }
+
+    /// Whether an address is in one of them.
+    pub fn contain(&self, address: IpAddr) -> bool {
         match address.to_canonical() {
-            IpAddr::V4(v4) => self.ipv4.contains(&v4).then(|| self.ipv4.to_string()),
-            IpAddr::V6(v6) => self.ipv6.contains(&v6).then(|| self.ipv6.to_string()),
+            IpAddr::V4(v4) => self.ipv4.contains(&v4),
+            IpAddr::V6(v6) => self.ipv6.contains(&v6),
         }
     }
 }
