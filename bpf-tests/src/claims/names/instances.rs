@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fs,
     net::{IpAddr, SocketAddr},
     path::Path,
 };
@@ -18,7 +19,7 @@ use crate::{
     mode::Mode,
     node::Node,
     services,
-    wait::{SOON, wait_for_value},
+    wait::{SOON, wait_for, wait_for_value},
     wire::Capture,
     workload::{Kind, Workload},
 };
@@ -39,6 +40,10 @@ fn mesh(purpose: &str) -> Result<Mesh> {
     for (index, port) in PORTS.into_iter().enumerate() {
         let id = format!("web-{}", index + 1);
         let place = mesh.place("web", &id, Kind::Cgroup)?;
+        let files = place.directory().join("files");
+        fs::create_dir_all(&files)?;
+        // A file without blocks.
+        fs::File::create(files.join("large"))?.set_len(1 << 30)?;
         let address = real(&mesh, port);
         mesh.register("web", &id, vip(1, 80), address);
         mesh.keep(services::nginx(
@@ -146,9 +151,20 @@ pub(super) fn instances_that_come_and_go_are_followed(_size: Size) -> Result<Fin
     let failing = page(&mesh.shop, real(&mesh, PORTS[1]))?;
     let is_kept = failing == expected(2, &mesh.lab.b);
 
+    let url = format!("http://{}/files/large", real(&mesh, PORTS[1]));
+    let curl = mesh.shop.program("curl").args(["--silent", "--fail"]);
+    let curl = curl.args(["--limit-rate", "4M", "--output", "large", &url]);
+    let mut download = curl.spawn()?;
+    let saved = mesh.shop.directory().join("large");
+    let so_far = || fs::metadata(&saved).map_or(0, |file| file.len());
+    wait_for("the download to have begun", SOON, || so_far() > 0)?;
     let second = mesh.instances().pop().context("there is none")?;
     mesh.publish()?;
     wait_until_called_by(&mesh, 2, &mesh.lab.a)?;
+    let before = so_far();
+    wait_for("the download to go on", SOON, || so_far() > before)?;
+    ensure!(download.ended()?.is_none(), "the download ended");
+    drop(download);
     let first = page(&mesh.shop, real(&mesh, PORTS[0]))?;
     mesh.instances().push(second);
     mesh.publish()?;
@@ -174,7 +190,7 @@ pub(super) fn instances_that_come_and_go_are_followed(_size: Size) -> Result<Fin
         is_kept && stays && is_told && away == "ECONNREFUSED",
         format!(
             "one that fails its checks is reached ({failing}); one that left is called around the mesh until it is back, \
-             the other by it ({first}); two services at one address: {problems:?}; without an agent: {away}"
+             but for the connection that it had, and the other by it ({first}); two services at one address: {problems:?}; without an agent: {away}"
         ),
     ))
 }
