@@ -48,6 +48,7 @@ pub(super) fn run(args: &RunArgs) -> ExitCode {
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .enable_all()
+        .worker_threads(config.limits.workers)
         .thread_name("sidestep")
         .build()
     {

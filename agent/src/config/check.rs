@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     net::{IpAddr, Ipv4Addr, SocketAddr},
+    num::NonZero,
     path::{Component, Path, PathBuf},
     time::Duration,
 };
@@ -545,16 +546,27 @@ fn limits(c: &mut Checker<'_>, raw: &raw::Limits) -> LimitsConfig {
         "limits.max_connections",
         || format!("{}: expected 1 to {most}", raw.max_connections),
     );
+    if let Some(workers) = raw.workers {
+        c.expect((1..=1024).contains(&workers), "limits.workers", || {
+            format!("{workers}: expected 1 to 1024")
+        });
+    }
     if let Some(idle) = raw.idle_timeout {
         c.at_least("limits.idle_timeout", idle.0, Duration::from_secs(1));
     }
     LimitsConfig {
+        workers: raw.workers.map_or_else(workers, |workers| workers as usize),
         max_connections: raw.max_connections,
         idle_timeout: raw.idle_timeout.map(|span| span.0),
         drain_timeout: raw.drain_timeout.0,
         eject_after: raw.eject_after,
         eject_for: raw.eject_for.0,
     }
+}
+
+/// As many as processors that the agent may use: a quota of its cgroup counts.
+fn workers() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZero::get)
 }
 
 fn telemetry(c: &mut Checker<'_>, raw: raw::Telemetry) -> TelemetryConfig {

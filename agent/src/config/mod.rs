@@ -256,6 +256,8 @@ pub struct TunnelConfig {
 /// `[limits]`
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LimitsConfig {
+    /// `workers`: threads that carry connections; as many as processors, unless it is set.
+    pub workers: usize,
     /// `max_connections` at once, per direction.
     pub max_connections: u32,
     /// `idle_timeout`: end connections on which nothing moves for so long; none by default.
@@ -360,7 +362,7 @@ impl Config {
     /// The tables in which `new` differs and that only a restart changes.
     ///
     /// Everything else is taken over by a reload: `[[workload]]`, `[[away]]`, `[policy]`, `[limits]` but for
-    /// `max_connections`, the timeouts of `[tunnel]`, `[identity]` but for `trust_domain`, `telemetry.log`,
+    /// `workers` and `max_connections`, the timeouts of `[tunnel]`, `[identity]` but for `trust_domain`, `telemetry.log`,
     /// `capture.debug`, `capture.hung_after`.
     pub fn needs_restart(&self, new: &Self) -> Vec<&'static str> {
         let capture = |c: &CaptureConfig| CaptureConfig {
@@ -382,6 +384,7 @@ impl Config {
                 "tunnel.listen, tunnel.port or tunnel.hbone_port",
                 listening(&self.tunnel) != listening(&new.tunnel),
             ),
+            ("limits.workers", self.limits.workers != new.limits.workers),
             (
                 "limits.max_connections",
                 self.limits.max_connections != new.limits.max_connections,

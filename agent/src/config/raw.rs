@@ -213,7 +213,7 @@ pub(super) struct Workload {
     pub(super) instance: Option<InstanceId>,
     pub(super) cgroup: Option<PathBuf>,
     pub(super) unit: Option<String>,
-    #[serde(default, deserialize_with = "user")]
+    #[serde(default, deserialize_with = "some_count")]
     pub(super) user: Option<u32>,
     pub(super) netns: Option<PathBuf>,
 }
@@ -262,6 +262,8 @@ impl Default for Tunnel {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct Limits {
+    #[serde(deserialize_with = "some_count")]
+    pub(super) workers: Option<u32>,
     #[serde(deserialize_with = "count")]
     pub(super) max_connections: u32,
     pub(super) idle_timeout: Option<Span>,
@@ -274,6 +276,7 @@ pub(super) struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
+            workers: None,
             max_connections: 100_000,
             idle_timeout: None,
             drain_timeout: Span(Duration::from_secs(30)),
@@ -520,6 +523,6 @@ pub(super) fn count<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error>
     Whole::deserialize(from).map(|Whole(count)| count)
 }
 
-fn user<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u32>, D::Error> {
+fn some_count<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u32>, D::Error> {
     count(from).map(Some)
 }

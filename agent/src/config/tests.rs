@@ -223,6 +223,10 @@ fn a_value_that_cannot_be_used_is_named_with_what_was_expected() {
             "tunnel.port: 15001: expected another port than capture.port",
         ),
         (
+            "[limits]\nworkers = 0",
+            "limits.workers: 0: expected 1 to 1024",
+        ),
+        (
             "[limits]\nmax_connections = 0",
             "limits.max_connections: 0: expected 1 to",
         ),
@@ -475,6 +479,7 @@ fn only_what_cannot_be_reloaded_needs_a_restart() {
     assert_eq!(changed("[capture]\nport = 15002"), ["capture"]);
     let away = "[capture]\nhung_after = \"off\"\n[[away]]\nservice = \"db\"\npolicy = \"open\"";
     assert_eq!(changed(away), Vec::<&str>::new());
+    assert_eq!(changed("[limits]\nworkers = 77"), ["limits.workers"]);
     assert_eq!(
         changed("[limits]\nmax_connections = 7"),
         ["limits.max_connections"]
