@@ -126,6 +126,11 @@ pub(super) fn check(raw: raw::Config, merged: &Merged) -> Result<Config, ConfigE
     let dns = super::dns::check(c, raw.dns);
     let limits = limits(c, &raw.limits);
     let telemetry = telemetry(c, raw.telemetry);
+    c.expect(
+        dns.query_log.is_none() || telemetry.access_log != AccessLog::Off,
+        "dns.query_log",
+        || "expected telemetry.access_log to say where lines go".to_owned(),
+    );
     if let Some(address) = telemetry.metrics {
         for (other, port) in [("capture.port", capture.port), ("tunnel.port", tunnel.port)] {
             c.expect(address.port() != port, "telemetry.metrics", || {

@@ -13,7 +13,7 @@ use super::{
     check::Checker,
     raw::{self, Span},
 };
-use crate::dns::zone::ServiceAnswers;
+use crate::dns::{query_log::Sampling, zone::ServiceAnswers};
 
 /// `[dns]`
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,6 +32,8 @@ pub struct DnsConfig {
     pub allow: Vec<IpNet>,
     /// `queries_per_second` of one source; 0 is no limit.
     pub queries_per_second: u32,
+    /// `query_log`: the share of queries that have a line where the access log is.
+    pub query_log: Sampling,
 }
 
 #[derive(Debug, Deserialize)]
@@ -48,6 +50,7 @@ pub(super) struct RawDns {
     allow: Vec<IpNet>,
     #[serde(deserialize_with = "raw::count")]
     queries_per_second: u32,
+    query_log: f64,
 }
 
 impl Default for RawDns {
@@ -64,6 +67,7 @@ impl Default for RawDns {
             ],
             // Far above what one host asks, far below what makes the agent late with connections.
             queries_per_second: 20_000,
+            query_log: 0.0,
         }
     }
 }
@@ -106,6 +110,13 @@ pub(super) fn check(c: &mut Checker<'_>, raw: RawDns) -> DnsConfig {
             || format!("{server}: expected another name server, like 192.0.2.53"),
         );
     }
+    let query_log = Sampling::new(raw.query_log);
+    c.expect(query_log.is_some(), "dns.query_log", || {
+        format!(
+            "{}: expected a share of the queries from 0 to 1, like 0.01",
+            raw.query_log
+        )
+    });
     DnsConfig {
         listen: raw.listen,
         domain: domain.unwrap_or_else(Name::root),
@@ -114,6 +125,7 @@ pub(super) fn check(c: &mut Checker<'_>, raw: RawDns) -> DnsConfig {
         upstreams: raw.upstreams,
         allow: raw.allow,
         queries_per_second: raw.queries_per_second,
+        query_log: query_log.unwrap_or_default(),
     }
 }
 

@@ -286,6 +286,18 @@ fn names_that_cannot_be_answered_are_named() {
             "[dns]\nttl = \"2h\"",
             "dns.ttl: 7200 s: expected at most an hour",
         ),
+        (
+            "[dns]\nquery_log = 1.5",
+            "dns.query_log: 1.5: expected a share of the queries from 0 to 1",
+        ),
+        (
+            "[dns]\nquery_log = nan",
+            "dns.query_log: NaN: expected a share of the queries from 0 to 1",
+        ),
+        (
+            "[dns]\nquery_log = 1\n[telemetry]\naccess_log = \"off\"",
+            "dns.query_log: expected telemetry.access_log to say where lines go",
+        ),
     ]);
 }
 

@@ -85,6 +85,11 @@ impl Netns {
         })
     }
 
+    /// The file by which it was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Device and inode: tells whether two files mean one namespace.
     ///
     /// # Errors

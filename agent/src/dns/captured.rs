@@ -19,12 +19,13 @@ use parking_lot::Mutex;
 use tokio::{
     io::{Interest, unix::AsyncFd},
     net::TcpStream,
-    sync::Semaphore,
 };
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Original, Resolver, Transport,
+    CapturedNamespace, Original, Resolver, Transport,
+    fair::{Share, Slots},
+    forward::IN_FLIGHT_MAX,
     limit::RateLimit,
     server::{CONNECTIONS_MAX, DATAGRAM_MAX, Gate, PAUSE, Reply, Service},
     sockets::NamespaceSockets,
@@ -44,6 +45,9 @@ use crate::{
 /// the next: long enough for what a program has decided meanwhile to be seen.
 const SWEEP: Duration = Duration::from_secs(60);
 
+/// TCP connections at once, of all namespaces; see [`super::fair`].
+const CAPTURED_CONNECTIONS_MAX: usize = 2 * CONNECTIONS_MAX;
+
 /// Serves captured queries in every network namespace that is captured in.
 #[derive(Debug)]
 pub struct CapturedQueries {
@@ -54,7 +58,8 @@ pub struct CapturedQueries {
     shutdown: Shutdown,
     /// Whether another agent has taken over: the programs send queries to that one then.
     replaced: Arc<AtomicBool>,
-    connections: Arc<Semaphore>,
+    in_flight: Arc<Slots>,
+    connections: Arc<Slots>,
     namespaces: Mutex<HashMap<NetnsCookie, Arc<Namespace>>>,
 }
 
@@ -62,7 +67,8 @@ pub struct CapturedQueries {
 #[derive(Debug)]
 struct Namespace {
     service: Arc<Service>,
-    sockets: Option<Arc<NamespaceSockets>>,
+    captured: Arc<CapturedNamespace>,
+    connections: Arc<Share>,
     /// Tells which of its sockets are connected to loopback addresses that stand for servers.
     clients: SockDiag,
     /// Whether queries in datagrams are captured too.
@@ -138,9 +144,15 @@ impl CapturedQueries {
             telemetry,
             shutdown,
             replaced,
-            connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+            in_flight: Slots::new(IN_FLIGHT_MAX),
+            connections: Slots::new(CAPTURED_CONNECTIONS_MAX),
             namespaces: Mutex::default(),
         }
+    }
+
+    /// Of queries that wait for servers: for others on this node who forward some.
+    pub fn in_flight(&self) -> &Arc<Slots> {
+        &self.in_flight
     }
 
     /// Serves in a namespace until `closed`, or until draining starts.
@@ -156,6 +168,11 @@ impl CapturedQueries {
     ) -> Result<(), CaptureQueriesError> {
         let is_own = Netns::current()?.identity()? == netns.identity()?;
         let sockets = (!is_own).then(|| NamespaceSockets::start(netns));
+        let name = if is_own {
+            "host".to_owned()
+        } else {
+            netns.path().display().to_string()
+        };
         let namespace = Arc::new(Namespace {
             service: Arc::new(Service {
                 resolver: Arc::clone(&self.resolver),
@@ -167,7 +184,13 @@ impl CapturedQueries {
                 telemetry: self.telemetry.clone(),
                 shutdown: self.shutdown.clone(),
             }),
-            sockets: sockets.transpose()?.map(Arc::new),
+            captured: Arc::new(CapturedNamespace {
+                cookie,
+                name,
+                sockets: sockets.transpose()?,
+                in_flight: self.in_flight.share(),
+            }),
+            connections: self.connections.share(),
             clients: netns
                 .run(SockDiag::open)?
                 .map_err(CaptureQueriesError::Clients)?,
@@ -259,15 +282,18 @@ impl CapturedQueries {
             .lock()
             .get(&captured.maker.netns)
             .map(Arc::clone);
-        let permit = Arc::clone(&self.connections).try_acquire_owned();
+        let slot = namespace.as_ref().and_then(|n| n.connections.take());
         // Dropped, the connection closes.
-        let (Some(namespace), Ok(permit)) = (namespace, permit) else {
+        let (Some(namespace), Some(slot)) = (namespace, slot) else {
             let metrics = self.telemetry.metrics();
             return metrics.dns_query(Transport::Tcp, DnsOutcome::Overloaded);
         };
-        let original = namespace.original(captured.destination);
+        let original = Original {
+            maker: Some(captured.maker),
+            ..namespace.original(captured.destination)
+        };
         let service = Arc::clone(&namespace.service);
-        let task = service.serve_connection(stream, client, Some(Arc::new(original)), permit);
+        let task = service.serve_connection(stream, client, Some(Arc::new(original)), slot);
         self.shutdown.spawn("dns connection", task);
     }
 }
@@ -276,7 +302,8 @@ impl Namespace {
     fn original(&self, server: SocketAddr) -> Original {
         Original {
             server,
-            sockets: self.sockets.clone(),
+            namespace: Arc::clone(&self.captured),
+            maker: None,
         }
     }
 }

@@ -85,6 +85,7 @@ impl Lookup {
             transport,
             client: ([0, 0, 0, 0], 0).into(),
             original: None,
+            drawn: None,
         };
         self.forwarder.exchange(&query, &replies).await?;
         let answer = replied

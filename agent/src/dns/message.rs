@@ -232,9 +232,15 @@ pub(super) fn is_response(message: &[u8]) -> bool {
     message.len() >= HEADER && message.get(2).is_some_and(|flags| flags & 0x80 != 0)
 }
 
+/// What a response says became of the query, as far as its header has room for it.
+pub(super) fn code(message: &[u8]) -> ResponseCode {
+    let low = message.get(3).map_or(0, |flags| flags & 0x0f);
+    ResponseCode::from_low(low)
+}
+
 /// Whether a response says that something went wrong.
 pub(super) fn is_error(message: &[u8]) -> bool {
-    message.get(3).is_some_and(|flags| flags & 0x0f != 0)
+    code(message) != ResponseCode::NoError
 }
 
 /// The transfer of a zone, while it comes. Its end is the SOA record with which it began.

@@ -12,6 +12,8 @@ pub mod server;
 pub mod forward;
 pub mod lookup;
 pub mod limit;
+pub mod fair;
+pub mod query_log;
 pub mod captured;
 pub mod sockets;
 mod grammar;
@@ -40,12 +42,14 @@ use hickory_proto::{
 };
 use tokio::{
     sync::{Notify, mpsc, watch},
-    time::timeout,
+    time::{Instant, timeout},
 };
 
 use self::{
+    fair::Share,
     forward::{ForwardError, Forwarder},
     message::{Envelope, Received},
+    query_log::{Ended, QueryLog},
     sockets::NamespaceSockets,
     zone::{Answer, Zone, ZoneSettings},
 };
@@ -54,6 +58,7 @@ use crate::{
         consul::{ConsulHandle, LookUp},
         store::Catalog,
     },
+    datapath::{Maker, NetnsCookie},
     lifecycle::Shutdown,
     telemetry::{
         log::chain,
@@ -76,6 +81,8 @@ pub struct Query<'a> {
     pub client: SocketAddr,
     /// Where it was going, if it was captured; what is not ours goes to exactly that server.
     pub original: Option<&'a Original>,
+    /// When it came, if it was drawn to have a line in the query log.
+    pub drawn: Option<Instant>,
 }
 
 /// Where a captured query was going.
@@ -83,8 +90,23 @@ pub struct Query<'a> {
 pub struct Original {
     /// The server.
     pub server: SocketAddr,
-    /// What makes sockets in the network namespace of who asks; `None` if that is the agent's own.
-    pub sockets: Option<Arc<NamespaceSockets>>,
+    /// Where it was captured.
+    pub namespace: Arc<CapturedNamespace>,
+    /// Who made the connection that it came by; of a datagram that is not known.
+    pub maker: Option<Maker>,
+}
+
+/// A network namespace in which queries are captured.
+#[derive(Debug)]
+pub struct CapturedNamespace {
+    /// The kernel's name for it.
+    pub cookie: NetnsCookie,
+    /// `host`, or the file that leads to it.
+    pub name: String,
+    /// What makes sockets there; `None` if it is the agent's own.
+    pub(crate) sockets: Option<NamespaceSockets>,
+    /// How many queries from there may wait for servers.
+    pub(crate) in_flight: Arc<Share>,
 }
 
 /// What becomes of a query.
@@ -104,6 +126,7 @@ pub struct Resolver {
     zone: ArcSwap<Zone>,
     forwarder: Forwarder,
     metrics: Arc<Metrics>,
+    log: QueryLog,
     turn: AtomicUsize,
     /// Who knows what the catalog has not yet.
     source: Option<ConsulHandle>,
@@ -123,6 +146,7 @@ impl Resolver {
             zone: ArcSwap::from_pointee(Zone::new(Arc::new(settings), catalog)),
             forwarder,
             metrics,
+            log: QueryLog::off(),
             turn: AtomicUsize::new(0),
             source: None,
             renewed: Notify::new(),
@@ -133,6 +157,13 @@ impl Resolver {
     #[must_use]
     pub fn with_source(mut self, source: ConsulHandle) -> Self {
         self.source = Some(source);
+        self
+    }
+
+    /// Says in `log` what becomes of queries.
+    #[must_use]
+    pub fn with_log(mut self, log: QueryLog) -> Self {
+        self.log = log;
         self
     }
 
@@ -161,7 +192,7 @@ impl Resolver {
     /// Answers names that are ours. Does not wait for anything.
     pub fn decide(&self, query: &Query<'_>) -> Step {
         let asked = match message::receive(query.message) {
-            Received::Nothing => return self.ignore(query.transport, DnsOutcome::Malformed),
+            Received::Nothing => return self.ignore(query, DnsOutcome::Malformed),
             Received::Malformed(metadata) if metadata.op_code == OpCode::Query => {
                 let envelope = Envelope::without_question(metadata);
                 return self.seal(query, envelope, Answer::only(ResponseCode::FormErr));
@@ -196,13 +227,17 @@ impl Resolver {
             Transport::Udp => envelope.udp_size().min(message::UDP_SIZE),
             Transport::Tcp => u16::MAX,
         };
-        let outcome = outcome(&answer);
+        let ended = Ended {
+            outcome: outcome(&answer),
+            code: Some(answer.code),
+            upstream: None,
+        };
         match envelope.seal(answer, limit, self.is_recursive(query)) {
             Some(answer) => {
-                self.metrics.dns_query(query.transport, outcome);
+                self.end(query, &ended);
                 Step::Answer(answer)
             }
-            None => self.ignore(query.transport, DnsOutcome::Malformed),
+            None => self.ignore(query, DnsOutcome::Malformed),
         }
     }
 
@@ -210,10 +245,26 @@ impl Resolver {
         query.original.is_some() || self.forwarder.has_upstreams()
     }
 
+    /// Draws a query that has just come in: [`Query::drawn`].
+    pub(crate) fn draw(&self) -> Option<Instant> {
+        self.log.draw()
+    }
+
     /// Counts a query that gets no answer.
-    fn ignore(&self, transport: Transport, outcome: DnsOutcome) -> Step {
-        self.metrics.dns_query(transport, outcome);
+    pub(crate) fn ignore(&self, query: &Query<'_>, outcome: DnsOutcome) -> Step {
+        let ended = Ended {
+            outcome,
+            code: None,
+            upstream: None,
+        };
+        self.end(query, &ended);
         Step::Ignore
+    }
+
+    /// The one place that every query comes to.
+    fn end(&self, query: &Query<'_>, ended: &Ended) {
+        self.metrics.dns_query(query.transport, ended.outcome);
+        self.log.write(query, ended);
     }
 
     /// Brings a query to its server, or to the configured upstreams, and the answer to `replies`: one message, but
@@ -231,31 +282,51 @@ impl Resolver {
             }
             LookUp::NotKnown => return self.not_known(query, replies).await,
         }
-        let begun = tokio::time::Instant::now();
+        let begun = Instant::now();
         let error = match self.forwarder.exchange(query, replies).await {
-            Ok(()) => {
+            Ok(brought) => {
                 self.metrics.dns_forwarded(begun.elapsed());
-                self.metrics
-                    .dns_query(query.transport, DnsOutcome::Forwarded);
-                return;
+                let ended = Ended {
+                    outcome: DnsOutcome::Forwarded,
+                    code: Some(brought.code),
+                    upstream: Some(brought.server),
+                };
+                return self.end(query, &ended);
             }
             Err(error) => error,
         };
-        let (code, outcome) = match &error {
-            ForwardError::NoUpstream => (ResponseCode::Refused, DnsOutcome::Refused),
-            ForwardError::TooMany => (ResponseCode::ServFail, DnsOutcome::Overloaded),
-            ForwardError::NoAnswer { .. } | ForwardError::Exchange { .. } => {
-                (ResponseCode::ServFail, DnsOutcome::UpstreamFailed)
-            }
+        let namespace = query.original.map(|o| o.namespace.name.as_str());
+        let key = format!("{error} {}", namespace.unwrap_or_default());
+        if let Some(suppressed) = ONCE.pass(&key) {
+            tracing::warn!(error = %chain(&error), namespace, suppressed, "query not forwarded");
+        }
+        let (code, outcome, upstream) = match error {
+            ForwardError::NoUpstream => (ResponseCode::Refused, DnsOutcome::Refused, None),
+            ForwardError::TooMany => (ResponseCode::ServFail, DnsOutcome::Overloaded, None),
+            ForwardError::NoAnswer { server, .. } | ForwardError::Exchange { server, .. } => (
+                ResponseCode::ServFail,
+                DnsOutcome::UpstreamFailed,
+                Some(server),
+            ),
         };
-        if let Some(suppressed) = ONCE.pass(&error.to_string()) {
-            tracing::warn!(error = %chain(&error), suppressed, "query not forwarded");
+        // Who was captured asked that server, and hears from it what it says: nothing.
+        let silent = query.original.is_some() && matches!(error, ForwardError::NoAnswer { .. });
+        let code = (!silent).then_some(code);
+        self.end(
+            query,
+            &Ended {
+                outcome,
+                code,
+                upstream,
+            },
+        );
+        if let Some(code) = code {
+            self.say(query, code, replies).await;
         }
-        self.metrics.dns_query(query.transport, outcome);
-        if query.original.is_some() && matches!(error, ForwardError::NoAnswer { .. }) {
-            // Who was captured asked that server, and hears from it what it says: nothing.
-            return;
-        }
+    }
+
+    /// Answers with nothing but a code.
+    async fn say(&self, query: &Query<'_>, code: ResponseCode, replies: &mpsc::Sender<Vec<u8>>) {
         if let Some(answer) = message::only_code(query.message, code, self.is_recursive(query)) {
             // Nobody is left to take it: nobody waits for it.
             let _gone = replies.send(answer).await;
@@ -296,11 +367,14 @@ impl Resolver {
 
     /// What is not known is not denied.
     async fn not_known(&self, query: &Query<'_>, replies: &mpsc::Sender<Vec<u8>>) {
-        let (code, outcome) = (ResponseCode::ServFail, DnsOutcome::NotKnown);
-        self.metrics.dns_query(query.transport, outcome);
-        if let Some(answer) = message::only_code(query.message, code, self.is_recursive(query)) {
-            let _gone = replies.send(answer).await;
-        }
+        let code = ResponseCode::ServFail;
+        let ended = Ended {
+            outcome: DnsOutcome::NotKnown,
+            code: Some(code),
+            upstream: None,
+        };
+        self.end(query, &ended);
+        self.say(query, code, replies).await;
     }
 }
 

@@ -19,8 +19,8 @@ use tokio::{
         TcpListener, TcpStream, UdpSocket,
         tcp::{OwnedReadHalf, OwnedWriteHalf},
     },
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
-    time::timeout,
+    sync::{Semaphore, mpsc},
+    time::{Instant, timeout},
 };
 
 use super::{
@@ -95,6 +95,26 @@ pub(super) struct Service {
 pub(super) trait Reply: Send + 'static {
     /// What cannot be sent is as good as lost, which clients of UDP expect.
     fn send(self, answer: Vec<u8>) -> impl Future<Output = ()> + Send;
+}
+
+/// What is known of a query besides its bytes.
+struct Asker {
+    transport: Transport,
+    client: SocketAddr,
+    original: Option<Arc<Original>>,
+    drawn: Option<Instant>,
+}
+
+impl Asker {
+    fn query<'a>(&'a self, message: &'a [u8]) -> Query<'a> {
+        Query {
+            message,
+            transport: self.transport,
+            client: self.client,
+            original: self.original.as_deref(),
+            drawn: self.drawn,
+        }
+    }
 }
 
 /// What serves one address.
@@ -233,29 +253,19 @@ impl Service {
         original: Option<Arc<Original>>,
         reply: impl Reply,
     ) {
-        if !self.may_ask(client, Transport::Udp) {
+        let asker = self.asker(Transport::Udp, client, original);
+        let query = asker.query(message);
+        if !self.may_ask(&query) {
             return;
         }
-        let query = Query {
-            message,
-            transport: Transport::Udp,
-            client,
-            original: original.as_deref(),
-        };
         match self.resolver.decide(&query) {
             Step::Ignore => {}
             Step::Answer(answer) => reply.send(answer).await,
             Step::Forward => {
                 let (resolver, message) = (Arc::clone(&self.resolver), message.to_vec());
                 self.shutdown.spawn("dns query", async move {
-                    let query = Query {
-                        message: &message,
-                        transport: Transport::Udp,
-                        client,
-                        original: original.as_deref(),
-                    };
                     let (replies, mut answers) = mpsc::channel(1);
-                    resolver.forward(&query, &replies).await;
+                    resolver.forward(&asker.query(&message), &replies).await;
                     if let Ok(answer) = answers.try_recv() {
                         reply.send(answer).await;
                     }
@@ -264,15 +274,31 @@ impl Service {
         }
     }
 
-    fn may_ask(&self, client: SocketAddr, transport: Transport) -> bool {
-        let outcome = if !self.gate.allows(client.ip()) {
+    /// Who sends a query that has just come in.
+    fn asker(
+        &self,
+        transport: Transport,
+        client: SocketAddr,
+        original: Option<Arc<Original>>,
+    ) -> Asker {
+        Asker {
+            transport,
+            client,
+            original,
+            drawn: self.resolver.draw(),
+        }
+    }
+
+    fn may_ask(&self, query: &Query<'_>) -> bool {
+        let source = query.client.ip();
+        let outcome = if !self.gate.allows(source) {
             DnsOutcome::NotAllowed
-        } else if !self.gate.limit.pass(client.ip()) {
+        } else if !self.gate.limit.pass(source) {
             DnsOutcome::RateLimited
         } else {
             return true;
         };
-        self.telemetry.metrics().dns_query(transport, outcome);
+        self.resolver.ignore(query, outcome);
         false
     }
 
@@ -310,7 +336,7 @@ impl Service {
         stream: TcpStream,
         client: SocketAddr,
         original: Option<Arc<Original>>,
-        permit: OwnedSemaphorePermit,
+        permit: impl Send + 'static,
     ) {
         // Answers are small, and the client waits for each.
         let _undelayed = stream.set_nodelay(true);
@@ -322,15 +348,11 @@ impl Service {
         let mut is_first = true;
         while let Some(message) = self.next_query(&mut from, is_first).await {
             is_first = false;
-            if !self.may_ask(client, Transport::Tcp) {
+            let asker = self.asker(Transport::Tcp, client, original.clone());
+            let query = asker.query(&message);
+            if !self.may_ask(&query) {
                 return;
             }
-            let query = Query {
-                message: &message,
-                transport: Transport::Tcp,
-                client,
-                original: original.as_deref(),
-            };
             match self.resolver.decide(&query) {
                 Step::Ignore => return,
                 Step::Answer(answer) => {
@@ -343,15 +365,8 @@ impl Service {
                         return;
                     };
                     let (resolver, replies) = (Arc::clone(&self.resolver), replies.clone());
-                    let original = original.clone();
                     self.shutdown.spawn("dns query", async move {
-                        let query = Query {
-                            message: &message,
-                            transport: Transport::Tcp,
-                            client,
-                            original: original.as_deref(),
-                        };
-                        resolver.forward(&query, &replies).await;
+                        resolver.forward(&asker.query(&message), &replies).await;
                         drop(turn);
                     });
                 }
@@ -379,7 +394,7 @@ impl Service {
 async fn write_answers(
     mut to: OwnedWriteHalf,
     mut answers: mpsc::Receiver<Vec<u8>>,
-    permit: OwnedSemaphorePermit,
+    permit: impl Send,
 ) {
     while let Some(answer) = answers.recv().await {
         // Longer than TCP's length can say, it could not have been made.

@@ -73,7 +73,7 @@ pub(super) async fn stream(
 
 async fn socket(original: Option<&Original>, server: SocketAddr, kind: Type) -> io::Result<Socket> {
     let domain = Domain::for_address(server);
-    match original.and_then(|original| original.sockets.as_ref()) {
+    match original.and_then(|original| original.namespace.sockets.as_ref()) {
         Some(sockets) => sockets.make(domain, kind).await,
         None => make(domain, kind),
     }

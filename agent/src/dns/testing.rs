@@ -172,8 +172,26 @@ pub(crate) fn large_resolver(instances: u8) -> Resolver {
     )
 }
 
+/// A captured query to `server`, from a namespace that takes `share` of what there is.
+#[cfg(test)]
+pub(crate) fn captured(
+    server: std::net::SocketAddr,
+    share: Arc<super::fair::Share>,
+) -> super::Original {
+    super::Original {
+        server,
+        namespace: Arc::new(super::CapturedNamespace {
+            cookie: crate::datapath::NetnsCookie(7),
+            name: "/run/netns/box".to_owned(),
+            sockets: None,
+            in_flight: share,
+        }),
+        maker: None,
+    }
+}
+
 /// Any bytes as a query, and as the answer to one: answers are responses to what was asked, and no larger than the
-/// client takes.
+/// client takes; and a line in the query log is one.
 pub(crate) fn bear(bytes: &[u8]) {
     use super::{Query, Step, Transport, message};
 
@@ -186,7 +204,9 @@ pub(crate) fn bear(bytes: &[u8]) {
             transport,
             client: ([127, 0, 0, 1], 40_000).into(),
             original: None,
+            drawn: None,
         };
+        super::query_log::bear(&query);
         let answer = match RESOLVER.decide(&query) {
             Step::Answer(answer) => answer,
             Step::Forward => {

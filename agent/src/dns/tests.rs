@@ -26,6 +26,7 @@ fn query(message: &[u8], transport: Transport) -> Query<'_> {
         transport,
         client: CLIENT,
         original: None,
+        drawn: None,
     }
 }
 

@@ -299,7 +299,7 @@ impl Follower {
 
     /// Reads the configuration anew and takes over what can be; a bad one changes nothing.
     pub(super) fn reload(&mut self) {
-        self.node.telemetry.access_log().reopen();
+        self.node.telemetry.reopen_logs();
         match config::load(&self.node.config_path) {
             Ok(new) => self.take_over(new),
             Err(error) => {

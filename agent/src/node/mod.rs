@@ -246,7 +246,7 @@ pub async fn run(
         }
     }
     tracing::info!(cut, "stopped");
-    node.telemetry.access_log().flush(Duration::from_secs(1));
+    node.telemetry.flush_logs(Duration::from_secs(1));
     Ok(())
 }
 

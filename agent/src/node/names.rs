@@ -13,9 +13,12 @@ use crate::{
         forward::{Forwarder, ResolvConf, Upstreams},
         limit::RateLimit,
         lookup::Lookup,
+        query_log::QueryLog,
         server::{DnsListener, Gate},
         zone::ZoneSettings,
     },
+    identity::workload::WorkloadResolver,
+    telemetry::Telemetry,
 };
 
 /// What serves captured queries, with `capture.dns`. `consul` knows services that the catalog has not.
@@ -23,6 +26,7 @@ pub(super) fn captured(
     config: &Config,
     common: &Common,
     datapath: &Arc<Backend>,
+    workloads: &Arc<WorkloadResolver>,
     consul: Option<&ConsulHandle>,
 ) -> Option<Arc<CapturedQueries>> {
     if !config.capture.dns {
@@ -36,7 +40,8 @@ pub(super) fn captured(
         forwarder,
         Arc::clone(common.telemetry.metrics()),
     );
-    let resolver = Arc::new(looking_up(resolver, consul));
+    let log = query_log(config, &common.telemetry).with_workloads(Arc::clone(workloads));
+    let resolver = Arc::new(looking_up(resolver.with_log(log), consul));
     resolver.follow(common.in_kernel.clone(), &common.shutdown);
     let queries = Arc::new(CapturedQueries::new(
         resolver,
@@ -56,6 +61,10 @@ fn looking_up(resolver: Resolver, consul: Option<&ConsulHandle>) -> Resolver {
         Some(source) => resolver.with_source(source.clone()),
         None => resolver,
     }
+}
+
+fn query_log(config: &Config, telemetry: &Telemetry) -> QueryLog {
+    QueryLog::new(config.dns.query_log, Arc::clone(telemetry.query_log()))
 }
 
 fn zone_settings(config: &Config, datacenter: &str, shared: bool) -> ZoneSettings {
@@ -84,8 +93,11 @@ pub(super) fn serve(node: &Arc<Node>) -> Result<(), NodeError> {
     let settings = zone_settings(&config, node.local.datacenter(), node.consul.is_some());
     // With Consul, its own DNS says what does not lead to virtual addresses.
     let consuls = node.consul.as_ref().map(ConsulParts::dns_servers);
-    let forwarder = Forwarder::new(upstreams(dns))
+    let mut forwarder = Forwarder::new(upstreams(dns))
         .with_domain(dns.domain.clone(), consuls.unwrap_or_default().to_vec());
+    if let Some(captured) = &node.outbound.queries {
+        forwarder = forwarder.sharing(captured.in_flight());
+    }
     let metrics = Arc::clone(node.telemetry.metrics());
     let resolver = Resolver::new(
         settings,
@@ -94,6 +106,7 @@ pub(super) fn serve(node: &Arc<Node>) -> Result<(), NodeError> {
         metrics,
     );
     let source = node.consul.as_ref().map(|consul| &consul.source);
+    let resolver = resolver.with_log(query_log(&config, &node.telemetry));
     let resolver = Arc::new(looking_up(resolver, source));
     resolver.follow(node.in_kernel.subscribe(), &node.shutdown);
     let gate = Arc::new(Gate {

@@ -183,7 +183,8 @@ impl Common {
         workloads: Arc<WorkloadResolver>,
         freshness: Option<ConsulHandle>,
     ) -> Arc<Outbound> {
-        let queries = super::names::captured(config, self, &datapath, freshness.as_ref());
+        let queries =
+            super::names::captured(config, self, &datapath, &workloads, freshness.as_ref());
         Arc::new(Outbound {
             datapath,
             catalog: Arc::clone(&self.catalog),
@@ -302,13 +303,21 @@ fn telemetry(config: &Config) -> Result<Telemetry, NodeError> {
         LogFormat::Text => LineFormat::Text,
         LogFormat::Json => LineFormat::Json,
     };
-    let access_log = AccessLog::start(
-        &config.telemetry.access_log,
-        format,
-        metrics.dropped_lines(),
-    )
-    .map_err(NodeError::when("open the access log"))?;
-    Ok(Telemetry::new(metrics, Arc::new(access_log)))
+    let start = || {
+        AccessLog::start(
+            &config.telemetry.access_log,
+            format,
+            metrics.dropped_lines(),
+        )
+        .map_err(NodeError::when("open the access log"))
+    };
+    let access_log = start()?;
+    let query_log = if config.dns.query_log.is_none() {
+        AccessLog::off()
+    } else {
+        start()?
+    };
+    Ok(Telemetry::new(metrics, Arc::new(access_log)).with_query_log(query_log))
 }
 
 /// Where virtual addresses are taken from.

@@ -14,7 +14,7 @@ pub mod log;
 pub mod rate;
 pub mod timestamp;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use access_log::AccessLog;
 use metrics::Metrics;
@@ -24,6 +24,7 @@ use metrics::Metrics;
 pub struct Telemetry {
     metrics: Arc<Metrics>,
     access_log: Arc<AccessLog>,
+    query_log: Arc<AccessLog>,
 }
 
 impl Telemetry {
@@ -32,7 +33,15 @@ impl Telemetry {
         Self {
             metrics,
             access_log,
+            query_log: Arc::new(AccessLog::off()),
         }
+    }
+
+    /// Writes lines of DNS queries to `query_log`: one of its own, so that they take no room from connections.
+    #[must_use]
+    pub fn with_query_log(mut self, query_log: AccessLog) -> Self {
+        self.query_log = Arc::new(query_log);
+        self
     }
 
     /// The agent's metrics.
@@ -43,5 +52,22 @@ impl Telemetry {
     /// The access log.
     pub fn access_log(&self) -> &Arc<AccessLog> {
         &self.access_log
+    }
+
+    /// Where lines of DNS queries go.
+    pub fn query_log(&self) -> &Arc<AccessLog> {
+        &self.query_log
+    }
+
+    /// [`AccessLog::reopen`] of both.
+    pub fn reopen_logs(&self) {
+        self.access_log.reopen();
+        self.query_log.reopen();
+    }
+
+    /// [`AccessLog::flush`] of both, for `patience` each.
+    pub fn flush_logs(&self, patience: Duration) {
+        self.access_log.flush(patience);
+        self.query_log.flush(patience);
     }
 }

@@ -10,19 +10,24 @@ use std::{
     fs, io,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use hickory_proto::rr::Name;
+use hickory_proto::{op::ResponseCode, rr::Name};
 use parking_lot::Mutex;
 use rustls::crypto::SecureRandom;
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _},
-    sync::{Semaphore, mpsc},
+    sync::mpsc,
     time::{Instant, timeout},
 };
 
-use super::{Query, Transport, message, sockets};
+use super::{
+    Query, Transport,
+    fair::{Share, Slots},
+    message, sockets,
+};
 
 /// How long a server has. Two tries end before resolvers give up: glibc after 5 s.
 const TRY: Duration = Duration::from_secs(2);
@@ -36,8 +41,9 @@ const TRIES: usize = 2;
 /// How long a server may be silent within the transfer of a zone.
 const TRANSFER_PAUSE: Duration = Duration::from_secs(10);
 
-/// Queries on their way at once. It also bounds a loop between resolvers.
-const IN_FLIGHT_MAX: usize = 2048;
+/// Queries on their way at once, of all that the agent answers; see [`super::fair`]. It also bounds a loop between
+/// resolvers.
+pub const IN_FLIGHT_MAX: usize = 4096;
 
 /// As many servers as resolv.conf(5) has.
 const SERVERS_MAX: usize = 3;
@@ -135,7 +141,7 @@ pub enum ForwardError {
     /// It is for nobody: no upstream is configured, nor does `resolv.conf` name one besides ourselves.
     #[error("no upstream to ask")]
     NoUpstream,
-    /// [`IN_FLIGHT_MAX`] others wait.
+    /// As many of the same asker wait as others may have still.
     #[error("too many queries wait for upstreams")]
     TooMany,
     /// The server was silent.
@@ -159,13 +165,23 @@ pub enum ForwardError {
     },
 }
 
+/// A query was brought to a server, and what that said to who asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Brought {
+    /// The server.
+    pub(super) server: SocketAddr,
+    /// The code of its first message.
+    pub(super) code: ResponseCode,
+}
+
 /// Brings queries to servers.
 #[derive(Debug)]
 pub struct Forwarder {
     upstreams: Upstreams,
     /// A domain that others answer for, and who does.
     elsewhere: Option<(Name, Vec<SocketAddr>)>,
-    in_flight: Semaphore,
+    /// Of those that were not captured.
+    in_flight: Arc<Share>,
     random: &'static dyn SecureRandom,
 }
 
@@ -175,7 +191,7 @@ impl Forwarder {
         Self {
             upstreams,
             elsewhere: None,
-            in_flight: Semaphore::new(IN_FLIGHT_MAX),
+            in_flight: Slots::new(IN_FLIGHT_MAX).share(),
             random: rustls::crypto::aws_lc_rs::default_provider().secure_random,
         }
     }
@@ -184,6 +200,13 @@ impl Forwarder {
     #[must_use]
     pub fn with_domain(mut self, domain: Name, servers: Vec<SocketAddr>) -> Self {
         self.elsewhere = (!servers.is_empty()).then_some((domain, servers));
+        self
+    }
+
+    /// Takes no more than a share of `slots` for what was not captured.
+    #[must_use]
+    pub fn sharing(mut self, slots: &Arc<Slots>) -> Self {
+        self.in_flight = slots.share();
         self
     }
 
@@ -200,16 +223,17 @@ impl Forwarder {
         &self,
         query: &Query<'_>,
         replies: &mpsc::Sender<Vec<u8>>,
-    ) -> Result<(), ForwardError> {
+    ) -> Result<Brought, ForwardError> {
         // Who was captured asks again by itself, as often and as late as it did before.
         let (servers, tries, limit) = match query.original {
             Some(original) => (vec![original.server], 1, CAPTURED_TRY),
             None => (self.servers(query.message), TRIES, TRY),
         };
-        let _permit = self
-            .in_flight
-            .try_acquire()
-            .map_err(|_full| ForwardError::TooMany)?;
+        let share = query.original.map(|o| &o.namespace.in_flight);
+        let _slot = share
+            .unwrap_or(&self.in_flight)
+            .take()
+            .ok_or(ForwardError::TooMany)?;
         let mut error = ForwardError::NoUpstream;
         for server in servers.into_iter().cycle().take(tries) {
             let transport = query.transport;
@@ -218,7 +242,7 @@ impl Forwarder {
                 Transport::Tcp => self.over_tcp(query, server, limit, replies).await,
             };
             match tried {
-                Ok(()) => return Ok(()),
+                Ok(code) => return Ok(Brought { server, code }),
                 Err(source) if source.kind() == io::ErrorKind::TimedOut => {
                     error = ForwardError::NoAnswer { server, transport };
                 }
@@ -253,7 +277,7 @@ impl Forwarder {
         server: SocketAddr,
         patience: Duration,
         replies: &mpsc::Sender<Vec<u8>>,
-    ) -> io::Result<()> {
+    ) -> io::Result<ResponseCode> {
         let query = asking.message;
         // The kernel picks the port at random. Connected, the socket takes only what comes from the server.
         let socket = sockets::datagrams(asking.original, server).await?;
@@ -280,9 +304,10 @@ impl Forwarder {
             buffer.truncate(length);
             message::with_id(buffer, asked)
         };
+        let code = message::code(&answer);
         // Nobody is left to take it: nobody waits for it.
         let _gone = replies.send(answer).await;
-        Ok(())
+        Ok(code)
     }
 
     async fn over_tcp(
@@ -291,7 +316,7 @@ impl Forwarder {
         server: SocketAddr,
         patience: Duration,
         replies: &mpsc::Sender<Vec<u8>>,
-    ) -> io::Result<()> {
+    ) -> io::Result<ResponseCode> {
         let query = asking.message;
         let (asked, sent) = self.renumbered(query)?;
         let first = async {
@@ -307,6 +332,7 @@ impl Forwarder {
             }
         };
         let (mut stream, answer) = timeout(patience, first).await??;
+        let code = message::code(&answer);
         let mut transfer = message::transfer(query, &answer);
         let _gone = replies.send(message::with_id(answer, asked)).await;
         while let Some(going) = &mut transfer {
@@ -319,7 +345,7 @@ impl Forwarder {
                 break;
             }
         }
-        Ok(())
+        Ok(code)
     }
 
     /// The id that the client chose, and the query under one of our own.

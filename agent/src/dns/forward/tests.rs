@@ -12,7 +12,7 @@ use hickory_proto::{
 use tokio::net::{TcpListener, UdpSocket};
 
 use super::*;
-use crate::dns::Original;
+use crate::dns::{Original, testing};
 
 #[test]
 fn servers_are_read_as_resolvers_read_them() {
@@ -103,6 +103,7 @@ async fn ask(
         transport,
         client: ([127, 0, 0, 1], 40_000).into(),
         original: None,
+        drawn: None,
     };
     forwarder.exchange(&query, &replies).await?;
     drop(replies);
@@ -253,18 +254,67 @@ async fn names_of_a_domain_that_others_answer_for_go_to_them() {
         message.add_query(Question::query(name.parse().unwrap(), RecordType::A));
         let message = message.to_vec().unwrap();
         let (replies, mut answers) = mpsc::channel(1);
-        let original = server.map(|server| Original {
-            server,
-            sockets: None,
-        });
+        let share = Slots::new(2).share();
+        let original = server.map(|server| testing::captured(server, share));
         let query = Query {
             message: &message,
             transport: Transport::Udp,
             client: ([127, 0, 0, 1], 40_000).into(),
             original: original.as_ref(),
+            drawn: None,
         };
         forwarder.exchange(&query, &replies).await.unwrap();
         let answer = Message::from_vec(&answers.recv().await.unwrap()).unwrap();
         assert_eq!(answer.answers.len(), expected, "{name}");
     }
+}
+
+/// What becomes of a captured query.
+async fn ask_captured(original: &Original, query: &[u8]) -> Result<Brought, ForwardError> {
+    let forwarder = Forwarder::new(Upstreams::Configured(vec![]));
+    let (replies, _answers) = mpsc::channel(1);
+    let query = Query {
+        message: query,
+        transport: Transport::Udp,
+        client: ([127, 0, 0, 1], 40_000).into(),
+        original: Some(original),
+        drawn: None,
+    };
+    forwarder.exchange(&query, &replies).await
+}
+
+#[tokio::test]
+async fn who_floods_a_silent_server_leaves_others_their_share() {
+    const FLOOD: usize = 50;
+    let silent = upstream(|_query| vec![]).await;
+    let server = upstream(|query| vec![answer(query, 1).to_vec().unwrap()]).await;
+    let slots = Slots::new(20);
+    let query = asking(RecordType::A);
+    let flooding = Arc::new(testing::captured(silent, slots.share()));
+    let (refused, mut refusals) = mpsc::channel(FLOOD);
+    for _ in 0..FLOOD {
+        let (flooding, query) = (Arc::clone(&flooding), query.clone());
+        let refused = refused.clone();
+        in_background(async move {
+            let error = ask_captured(&flooding, &query).await.unwrap_err();
+            if matches!(error, ForwardError::TooMany) {
+                refused.send(()).await.unwrap();
+            }
+        });
+    }
+    // Half of what there is waits for the silent server, and no more.
+    for _ in 0..FLOOD - 10 {
+        refusals.recv().await.unwrap();
+    }
+    let brought = Brought {
+        server,
+        code: ResponseCode::NoError,
+    };
+    let other = testing::captured(server, slots.share());
+    for _ in 0..FLOOD {
+        assert_eq!(ask_captured(&other, &query).await.unwrap(), brought);
+    }
+    let error = ask_captured(&flooding, &query).await.unwrap_err();
+    assert!(matches!(error, ForwardError::TooMany), "{error}");
+    assert!(refusals.try_recv().is_err());
 }

@@ -121,6 +121,11 @@ impl WorkloadResolver {
         true
     }
 
+    /// The service that everybody in a namespace is, if a rule names that.
+    pub fn of_namespace(&self, netns: NetnsCookie) -> Option<ServiceName> {
+        self.state.read().namespaces.get(&netns).cloned()
+    }
+
     /// The namespace is gone.
     pub fn dismiss_namespace(&self, netns: NetnsCookie) {
         self.state.write().namespaces.remove(&netns);

@@ -1,8 +1,12 @@
-//! One line of the access log and its two formats. `docs/access-log.md` explains the fields.
+//! Lines and their two formats, and the line of a connection: `docs/access-log.md` explains its fields.
 
-use std::{fmt::Write as _, net::SocketAddr, time::Duration};
+use std::{
+    fmt::{Display, Write as _},
+    net::SocketAddr,
+    time::Duration,
+};
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use crate::{
     catalog::model::{InstanceId, ServiceName},
@@ -22,7 +26,29 @@ pub enum LineFormat {
     Json,
 }
 
-/// What a line says, in this order. What is not known is left out.
+/// What can be a line: fields in a fixed order, of which those that are not known are left out.
+pub trait Entry: Serialize {
+    /// Writes the fields as `key=value`, the same and in the same order as they are serialised.
+    fn write_pairs(&self, pairs: &mut Pairs);
+
+    /// The line, with its newline.
+    fn format(&self, format: LineFormat) -> String {
+        let text = || {
+            let mut pairs = Pairs(String::with_capacity(384));
+            self.write_pairs(&mut pairs);
+            pairs.0
+        };
+        let mut text = match format {
+            LineFormat::Text => text(),
+            // Nothing in a line can fail to serialise; if it could, the text still tells the story.
+            LineFormat::Json => serde_json::to_string(self).unwrap_or_else(|_| text()),
+        };
+        text.push('\n');
+        text
+    }
+}
+
+/// What a connection's line says, in this order.
 #[derive(Debug, Clone, Serialize)]
 pub struct Line {
     /// When the connection ended.
@@ -64,49 +90,32 @@ pub struct Line {
     pub duration: Duration,
 }
 
-impl Line {
-    /// The line, with its newline.
-    pub fn format(&self, format: LineFormat) -> String {
-        let mut text = match format {
-            LineFormat::Text => self.text(),
-            // Nothing in a line can fail to serialise; if it could, the text still tells the story.
-            LineFormat::Json => serde_json::to_string(self).unwrap_or_else(|_| self.text()),
-        };
-        text.push('\n');
-        text
-    }
-
-    fn text(&self) -> String {
-        let mut pairs = Pairs(String::with_capacity(384));
+impl Entry for Line {
+    fn write_pairs(&self, pairs: &mut Pairs) {
         pairs.plain("time", self.time);
         pairs.plain("direction", self.direction.as_str());
         pairs.quoted("source", self.source.as_deref());
         pairs.quoted("service", self.service.as_ref().map(ServiceName::as_str));
         pairs.quoted("instance", self.instance.as_ref().map(InstanceId::as_str));
-        if let Some(address) = self.original_destination {
-            pairs.plain("original_destination", address);
-        }
-        if let Some(address) = self.peer {
-            pairs.plain("peer", address);
-        }
+        pairs.optional("original_destination", self.original_destination);
+        pairs.optional("peer", self.peer);
         pairs.plain("outcome", self.outcome);
         pairs.quoted("stage", self.stage.map(Stage::as_str));
         pairs.quoted("side", self.side.map(Side::as_str));
         pairs.quoted("reason", self.reason.as_deref());
         pairs.plain("bytes_sent", self.bytes_sent);
         pairs.plain("bytes_received", self.bytes_received);
-        pairs.plain(
-            "duration_ms",
-            format_args!("{:.3}", self.duration.as_secs_f64() * 1000.0),
-        );
-        pairs.0
+        pairs.duration("duration_ms", self.duration);
     }
 }
 
-struct Pairs(String);
+/// A line of `key=value`, as far as it is written.
+#[derive(Debug)]
+pub struct Pairs(String);
 
 impl Pairs {
-    fn plain(&mut self, key: &str, value: impl std::fmt::Display) {
+    /// A value that has nothing unusual in it.
+    pub(crate) fn plain(&mut self, key: &str, value: impl Display) {
         if !self.0.is_empty() {
             self.0.push(' ');
         }
@@ -114,9 +123,21 @@ impl Pairs {
         let _infallible = write!(self.0, "{key}={value}");
     }
 
+    /// The same, if there is one.
+    pub(crate) fn optional(&mut self, key: &str, value: Option<impl Display>) {
+        if let Some(value) = value {
+            self.plain(key, value);
+        }
+    }
+
+    /// In milliseconds, to the microsecond.
+    pub(crate) fn duration(&mut self, key: &str, value: Duration) {
+        self.plain(key, format_args!("{:.3}", value.as_secs_f64() * 1000.0));
+    }
+
     /// Quotes what would not survive a split at spaces and `=`, as JSON would: a peer can choose parts of
     /// a reason, and must not be able to add fields or lines.
-    fn quoted(&mut self, key: &str, value: Option<&str>) {
+    pub(crate) fn quoted(&mut self, key: &str, value: Option<&str>) {
         let Some(value) = value else { return };
         let bare = !value.is_empty()
             && value
@@ -130,7 +151,8 @@ impl Pairs {
     }
 }
 
-fn milliseconds<S: serde::Serializer>(duration: &Duration, into: S) -> Result<S::Ok, S::Error> {
+/// As [`Pairs::duration`] has it.
+pub(crate) fn milliseconds<S: Serializer>(duration: &Duration, into: S) -> Result<S::Ok, S::Error> {
     let microseconds =
         u32::try_from(duration.as_micros()).map_or(duration.as_secs_f64() * 1e6, f64::from);
     into.serialize_f64(microseconds / 1000.0)

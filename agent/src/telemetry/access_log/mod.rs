@@ -19,7 +19,8 @@ use super::{log::chain, metrics::DroppedLines, rate::OncePer};
 
 mod line;
 
-pub use line::{Line, LineFormat};
+pub(crate) use line::milliseconds;
+pub use line::{Entry, Line, LineFormat, Pairs};
 
 /// Lines that wait at most: about 4 MiB, and half a second of 20,000 connections per second.
 const QUEUE_LINES: usize = 10_000;
@@ -138,7 +139,7 @@ impl AccessLog {
     }
 
     /// Queues a line; `line` is not called if the log is off.
-    pub fn write(&self, line: impl FnOnce() -> Line) {
+    pub fn write<E: Entry>(&self, line: impl FnOnce() -> E) {
         let Some(queue) = &self.queue else { return };
         let text = line().format(self.format);
         match queue.sender.try_send(Message::Line(text)) {

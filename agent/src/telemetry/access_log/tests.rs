@@ -151,7 +151,7 @@ fn file_that_cannot_be_opened_is_named() {
 #[test]
 fn log_that_is_off_makes_no_line() {
     let log = AccessLog::off();
-    log.write(|| panic!("a line was made"));
+    log.write::<Line>(|| panic!("a line was made"));
     assert!(log.flush(Duration::ZERO));
 }
 
