@@ -14,9 +14,12 @@ test_claims! {
     other_names_come_from_their_server
     captured_names_of_consul_go_on
     resolvers_of_their_own_are_captured
+    java_follows_names
     queries_go_on_without_their_agent
     large_answers_come_whole
     nobody_else_gets_an_answer
+    a_flood_leaves_others_their_share
+    queries_have_lines
     answers_are_consuls
     names_of_consul_go_on
     other_names_are_answered_as_before

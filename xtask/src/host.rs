@@ -46,6 +46,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("dnsperf", "dnsperf"),
     ("strip", "binutils"),
     ("musl-gcc", "musl-tools"),
+    ("java", "default-jre-headless"),
+    ("javac", "default-jdk-headless"),
     ("xz", "xz-utils"),
     ("pip3", "python3-pip"),
     ("nft", "nftables"),

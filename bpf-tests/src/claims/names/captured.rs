@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::{
+    NOWHERE,
     upstream::{COMPARE, UPSTREAM, dnsmasq},
     with_resolv_conf, write_resolv_conf,
 };
@@ -18,9 +19,6 @@ use crate::{
     wait::{SOON, monotonic_ms, wait_for, wait_for_value},
     workload::{Kind, Workload},
 };
-
-/// A server that exists nowhere.
-const NOWHERE: &str = "192.0.2.53";
 
 /// Of dnsmasq beside the one that is asked through the agent: queries to it are not captured.
 const DIRECT_PORT: u16 = 5353;
@@ -245,12 +243,12 @@ pub(super) fn resolvers_of_their_own_are_captured(_size: Size) -> Result<Finding
     ))
 }
 
-const LOOKUPS: &str = include_str!("lookups.py");
+pub(super) const LOOKUPS: &str = include_str!("lookups.py");
 
 /// What lookups.py counted so far.
 #[derive(Debug, Clone, Copy, Default)]
-struct Counts {
-    at_once: u64,
+pub(super) struct Counts {
+    pub(super) at_once: u64,
     second: u64,
     failed: u64,
     /// When what is still looked up was begun, in milliseconds of the monotonic clock.
@@ -258,12 +256,12 @@ struct Counts {
 }
 
 impl Counts {
-    fn all(self) -> u64 {
+    pub(super) fn all(self) -> u64 {
         self.at_once + self.second + self.failed
     }
 }
 
-fn counts(log: &Path) -> Counts {
+pub(super) fn counts(log: &Path) -> Counts {
     let said = fs::read_to_string(log).unwrap_or_default();
     let numbers = |line: &str| -> Option<Vec<u64>> {
         line.split(' ').map(|word| word.parse().ok()).collect()

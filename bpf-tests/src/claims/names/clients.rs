@@ -11,6 +11,9 @@ use crate::{
     workload::Kind,
 };
 
+/// Where the agent takes what was captured.
+const CAPTURE_PORT: u16 = 15001;
+
 pub(super) fn programs_resolve_and_connect(_size: Size) -> Result<Finding> {
     let mut mesh = Mesh::new("names")?;
     let place = mesh.place("web", "web-1", Kind::Cgroup)?;
@@ -136,6 +139,18 @@ fn size(said: &str) -> Result<usize> {
     }
 }
 
+/// Asks SERVER 1,000 times as fast as it goes; says how many answers came, and within how many seconds.
+const FLOOD: &str = "import socket,struct,sys,time\n\
+    s=socket.socket(socket.AF_INET,socket.SOCK_DGRAM); s.connect((sys.argv[1],53)); s.settimeout(1)\n\
+    q=struct.pack('>6H',7,0,1,0,0,0)+b'\\x03web\\x07virtual\\x06consul\\0'+struct.pack('>2H',1,1)\n\
+    begun=time.monotonic()\n\
+    for _ in range(1000): s.send(q)\n\
+    n=0\n\
+    try:\n\
+    \twhile True: s.recv(512); n+=1\n\
+    except TimeoutError: pass\n\
+    print(n, time.monotonic()-begun-1)\n";
+
 pub(super) fn nobody_else_gets_an_answer(_size: Size) -> Result<Finding> {
     let limit = 50_usize;
     let mut mesh = Mesh::new("names-gate")?;
@@ -147,54 +162,58 @@ pub(super) fn nobody_else_gets_an_answer(_size: Size) -> Result<Finding> {
             "listen = [\"127.0.0.1:53\", \"{address}:53\"]\nupstreams = []\nqueries_per_second = {limit}"
         ),
     );
+    mesh.lab.a.set_capture("dns = true");
     mesh.start()?;
-    let ask = |transport: &str| {
-        mesh.lab
-            .b
-            .tool("dig")?
-            .arg(format!("@{address}"))
-            .args([
-                "+tries=1",
-                "+timeout=1",
-                "+short",
-                transport,
-                "web.virtual.consul",
-            ])
-            .output(SOON)
-    };
-    for transport in ["+notcp", "+tcp"] {
-        let said = ask(transport)?;
-        // 9: no reply from server.
-        ensure!(said.code() == Some(9), "{transport}: {said:?}");
+    // Where captured queries are taken is no listener for anybody: neither for another node nor for who was not
+    // captured.
+    let (far, near) = (&mesh.lab.b, &mesh.lab.a);
+    let (address, loopback) = (address.to_string(), "127.0.0.1");
+    for (node, server, port) in [
+        (far, address.as_str(), 53),
+        (far, &address, CAPTURE_PORT),
+        (near, &address, CAPTURE_PORT),
+        (near, loopback, CAPTURE_PORT),
+    ] {
+        for transport in ["+notcp", "+tcp"] {
+            let said = node
+                .tool("dig")?
+                .arg(format!("@{server}"))
+                .args(["-p", &port.to_string(), "+tries=1", "+timeout=1", "+short"])
+                .args([transport, "web.virtual.consul"])
+                .output(SOON)?;
+            // 9: no reply from server.
+            ensure!(
+                said.code() == Some(9),
+                "{} asks {server}:{port} by {transport}: {said:?}",
+                node.name()
+            );
+        }
     }
-    // As fast as it goes, from an address that may ask.
-    let flood = "import socket,struct,time\n\
-        s=socket.socket(socket.AF_INET,socket.SOCK_DGRAM); s.connect(('127.0.0.1',53)); s.settimeout(1)\n\
-        q=struct.pack('>6H',7,0,1,0,0,0)+b'\\x03web\\x07virtual\\x06consul\\0'+struct.pack('>2H',1,1)\n\
-        begun=time.monotonic()\n\
-        for _ in range(1000): s.send(q)\n\
-        n=0\n\
-        try:\n\
-        \twhile True: s.recv(512); n+=1\n\
-        except TimeoutError: pass\n\
-        print(n, time.monotonic()-begun-1)\n";
-    let said = mesh.lab.a.tool("python3")?.args(["-c", flood]).run(SOON)?;
-    let mut numbers = said.split_whitespace().map(str::parse::<f64>);
-    let (Some(Ok(answers)), Some(Ok(seconds))) = (numbers.next(), numbers.next()) else {
-        anyhow::bail!("{said:?}");
-    };
-    let limited = mesh
-        .lab
-        .a
-        .metric("sidestep_dns_queries_total", &["outcome=\"rate_limited\""])?;
-    // A second's worth at once, and its rate from then on.
-    #[expect(clippy::cast_precision_loss, reason = "a small number")]
-    let most = limit as f64 * (seconds + 1.0) + 1.0;
-    let holds = answers >= 1.0 && answers <= most && limited > 0.0;
+    // As fast as it goes, from an address that may ask, and captured.
+    let listener = near.tool("python3")?.args(["-c", FLOOD, LISTENER]);
+    let captured = mesh.shop.program("python3");
+    let captured = captured.args(["-c", FLOOD, super::NOWHERE]);
+    let mut holds = true;
+    let mut answered = vec![];
+    for flood in [listener, captured] {
+        let limited = || near.metric("sidestep_dns_queries_total", &["outcome=\"rate_limited\""]);
+        let before = limited()?;
+        let said = flood.run(SOON)?;
+        let mut numbers = said.split_whitespace().map(str::parse::<f64>);
+        let (Some(Ok(answers)), Some(Ok(seconds))) = (numbers.next(), numbers.next()) else {
+            anyhow::bail!("{said:?}");
+        };
+        // A second's worth at once, and its rate from then on.
+        #[expect(clippy::cast_precision_loss, reason = "a small number")]
+        let most = limit as f64 * (seconds + 1.0) + 1.0;
+        holds &= answers >= 1.0 && answers <= most && limited()? > before;
+        answered.push(format!("{answers} within {seconds:.3} s"));
+    }
     Ok(Finding::new(
         holds,
         format!(
-            "of 1000 queries within {seconds:.3} s {answers} were answered, at a limit of {limit} per second; none to another node"
+            "of 1000 queries to the listener and of 1000 captured {answered:?} were answered, at a limit of {limit} per \
+             second; none to another node, and none where captured queries are taken"
         ),
     ))
 }

@@ -4,8 +4,11 @@ mod captured;
 mod clients;
 mod consul;
 mod instances;
+mod flood;
+mod java;
 mod load;
 mod outside;
+mod query_log;
 mod upstream;
 
 use std::{fs, path::Path};
@@ -21,7 +24,7 @@ pub const TOPIC: Topic = Topic {
     about: "DNS names that lead to services, asked by real programs, beside a real Consul and real upstreams",
     programs: &[
         "ip", "curl", "python3", "nginx", "dig", "getent", "dnsmasq", "dnsperf", "consul",
-        "musl-gcc", "openssl",
+        "musl-gcc", "openssl", "java", "javac",
     ],
     claims: claims! {
         clients::programs_resolve_and_connect: "dig, getent, python and curl resolve a service's name by resolv.conf alone, and their connections reach the service";
@@ -29,9 +32,12 @@ pub const TOPIC: Topic = Topic {
         captured::other_names_come_from_their_server: "with capture.dns, other names get their own server's answers byte for byte, in each namespace from the server there, and at once from it when the agent is killed";
         captured::captured_names_of_consul_go_on: "with capture.dns and Consul, names of mesh services lead into the mesh, allowed or not, and their own server answers every other name";
         captured::resolvers_of_their_own_are_captured: "with capture.dns, programs that bring their own resolver (musl, Go) resolve a service's name and reach it";
+        java::java_follows_names: "with capture.dns, Java programs find services by getaddrinfo and by JNDI, and what Java remembers leads neither to an instance that is gone nor past a service that is new";
         captured::queries_go_on_without_their_agent: "with capture.dns, lookups go on while the agent is killed, away, started and upgraded: none fails, an upgrade costs none a second try, and a kill at most those that the agent held";
         clients::large_answers_come_whole: "an answer over UDP is no larger than the client takes, and comes whole over TCP";
         clients::nobody_else_gets_an_answer: "who is not allowed to ask gets no answer, and who asks too much gets no more than the limit";
+        flood::a_flood_leaves_others_their_share: "with capture.dns, a workload that floods a silent server over UDP and TCP takes no lookup from another namespace";
+        query_log::queries_have_lines: "with dns.query_log, each query has a line that says who asked what, whom, and what became of it";
         consul::answers_are_consuls: "for 40 forms of queries, answers are those of Consul 1.8.7, or differ as documented";
         consul::names_of_consul_go_on: "with Consul, names of mesh services lead into the mesh, allowed or not, and Consul's own DNS answers every other name of its domain";
         upstream::other_names_are_answered_as_before: "queries for other names, sent through the agent, get the upstream's answers byte for byte";
@@ -44,12 +50,16 @@ pub const TOPIC: Topic = Topic {
         instances::srv_records_lead_to_instances_in_the_mesh: "with capture.instances and dns.service_answers = instances, curl to what dig finds by SRV goes through the mesh to that instance";
         instances::instances_of_consul_are_captured: "with capture.instances and Consul, instances that Consul's own DNS names are reached through the mesh, with an address of their own too, and once denied not at all";
         load::own_names_are_answered_fast: "20,000 queries of own names per second (5,000 without optimisation) are answered and none is lost; dnsmasq's rate is told beside";
+        load::own_names_are_answered_fast: "20,000 queries of own names per second (5,000 without optimisation) are answered, at the listener and captured, and none is lost; dnsmasq's rate is told beside";
         load::an_upgrade_loses_no_query: "`sidestep upgrade` under load: no query is lost, and none is answered wrong";
     },
 };
 
 /// Where the agent answers in these tests.
 const LISTENER: &str = "127.0.0.1";
+
+/// A server that exists nowhere.
+const NOWHERE: &str = "192.0.2.53";
 
 /// `[dns]` with these keys.
 fn dns(node: &mut Node, keys: &str) {

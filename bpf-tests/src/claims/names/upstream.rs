@@ -87,7 +87,11 @@ pub(super) fn a_lost_upstream_denies_no_name(_size: Size) -> Result<Finding> {
 
 /// A node with dnsmasq, an agent that forwards to it, and a service `web`.
 pub(super) fn with_upstream(purpose: &str) -> Result<(Lab, Running)> {
-    let mut lab = Lab::new(purpose)?;
+    start_with_upstream(Lab::new(purpose)?)
+}
+
+/// The same, in a lab that has more.
+pub(super) fn start_with_upstream(mut lab: Lab) -> Result<(Lab, Running)> {
     lab.catalog.write(
         "web.yaml",
         "node: { name: b, address: 10.77.0.2 }\nservice:\n  name: web\n  port: 80\n  \
