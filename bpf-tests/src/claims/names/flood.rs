@@ -15,7 +15,7 @@ use crate::{
     workload::Kind,
 };
 
-/// Asks a server of its own that says nothing, at most 2,000 times a second over UDP and with 300 TCP connections at
+/// Asks a server of its own that says nothing, at most 2,000 times a second over UDP and with 600 TCP connections at
 /// once, until FILE exists.
 const FLOOD: &str = "import os,socket,struct,sys,time\n\
     silent='127.0.0.54'\n\
@@ -24,9 +24,9 @@ const FLOOD: &str = "import os,socket,struct,sys,time\n\
     q=struct.pack('>6H',7,256,1,0,0,0)+b'\\x05host1\\x07example\\x04test\\0'+struct.pack('>2H',1,1)\n\
     s=socket.socket(socket.AF_INET,socket.SOCK_DGRAM); streams=[]\n\
     while not os.path.exists(sys.argv[1]):\n\
-    \tfor _ in range(20): s.sendto(q,(silent,53))\n\
-    \tc=socket.socket(); c.setblocking(False); c.connect_ex((silent,53)); streams=streams[-300:]+[c]\n\
-    \ttime.sleep(0.01)\n";
+    \tfor _ in range(6): s.sendto(q,(silent,53))\n\
+    \tc=socket.socket(); c.setblocking(False); c.connect_ex((silent,53)); streams=streams[-600:]+[c]\n\
+    \ttime.sleep(0.003)\n";
 
 pub(super) fn a_flood_leaves_others_their_share(size: Size) -> Result<Finding> {
     let enough = size.pick(300, 3000);
