@@ -24,7 +24,7 @@ use crate::{
     identity::{consul_ca::ConsulCa, workload::WorkloadResolver},
 };
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Speaks first, then repeats a line. Counts its connections.
 async fn application(shutdown: &Shutdown) -> (u16, Arc<AtomicUsize>) {
