@@ -41,7 +41,16 @@ struct Measured {
     /// The same: 99 of 100 answers come within it.
     late_ms: f64,
     /// Of both.
+    asked: f64,
+    /// Of these, without an answer within five seconds.
     lost: f64,
+}
+
+impl Measured {
+    /// Datagrams may get lost, and who asks does so again; but hardly ever.
+    fn is_answered(&self) -> bool {
+        self.lost <= (self.asked / 100_000.0).max(1.0)
+    }
 }
 
 pub(super) fn own_names_are_answered_fast(size: Size) -> Result<Finding> {
@@ -74,8 +83,8 @@ pub(super) fn own_names_are_answered_fast(size: Size) -> Result<Finding> {
     let forwarded = [other, other_captured];
     // The quick size is of an agent that was not optimised.
     let least = size.pick(5_000.0, 20_000.0);
-    let fast = |way: &Measured| way.per_second >= least && way.lost == 0.0;
-    let holds = [own, own_captured].iter().all(fast) && forwarded.iter().all(|way| way.lost == 0.0);
+    let fast = |way: &Measured| way.per_second >= least && way.is_answered();
+    let holds = [own, own_captured].iter().all(fast) && forwarded.iter().all(Measured::is_answered);
     let rows: Vec<String> = WAYS
         .iter()
         .zip(medians)
@@ -108,7 +117,7 @@ fn row(what: &str, median: Measured, alone: Measured) -> String {
     )
 }
 
-/// Each figure's median; of what was lost all.
+/// Each figure's median; of what was asked and lost all.
 fn medians(samples: &[Measured]) -> Measured {
     let median = |figure: fn(&Measured) -> f64| {
         let mut sorted: Vec<f64> = samples.iter().map(figure).collect();
@@ -119,6 +128,7 @@ fn medians(samples: &[Measured]) -> Measured {
         per_second: median(|sample| sample.per_second),
         average_ms: median(|sample| sample.average_ms),
         late_ms: median(|sample| sample.late_ms),
+        asked: samples.iter().map(|sample| sample.asked).sum(),
         lost: samples.iter().map(|sample| sample.lost).sum(),
     }
 }
@@ -206,6 +216,7 @@ fn measure(dnsperf: &Program, server: &str, seconds: u64) -> Result<Measured> {
         per_second: number(&load, "Queries per second:")?,
         average_ms: number(&single, "Average Latency (s):")? * 1000.0,
         late_ms: late.with_context(|| format!("no answers in {single}"))? * 1000.0,
+        asked: number(&load, "Queries sent:")? + number(&single, "Queries sent:")?,
         lost: number(&load, "Queries lost:")? + number(&single, "Queries lost:")?,
     })
 }
