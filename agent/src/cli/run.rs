@@ -1,8 +1,9 @@
 //! `sidestep run`
 
-use std::process::ExitCode;
+use std::{io, process::ExitCode};
 
 use clap::Args;
+use tokio::runtime::{self, Runtime};
 
 use super::{ConfigArgs, load_config, output};
 use crate::{node, privileges, telemetry::log};
@@ -46,12 +47,7 @@ pub(super) fn run(args: &RunArgs) -> ExitCode {
     if let Err(error) = privileges::drop_unneeded(config.capture.mode) {
         tracing::warn!(error = %log::chain(&error), "capabilities not dropped");
     }
-    let runtime = match tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .worker_threads(config.limits.workers)
-        .thread_name("sidestep")
-        .build()
-    {
+    let runtime = match runtime(config.limits.workers) {
         Ok(runtime) => runtime,
         Err(error) => return output::failed(&error),
     };
@@ -65,6 +61,28 @@ pub(super) fn run(args: &RunArgs) -> ExitCode {
         Err(error) => {
             tracing::error!(error = %log::chain(&error), "the agent did not start");
             ExitCode::FAILURE
+        }
+    }
+}
+
+/// What accepts and carries connections, on `workers` threads.
+fn runtime(workers: usize) -> io::Result<Runtime> {
+    runtime::Builder::new_multi_thread()
+        .enable_all()
+        .worker_threads(workers)
+        .thread_name("sidestep")
+        .build()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_are_as_many_workers_as_configured() {
+        for workers in [1, 3] {
+            let runtime = runtime(workers).unwrap();
+            assert_eq!(runtime.metrics().num_workers(), workers);
         }
     }
 }
