@@ -56,6 +56,30 @@ fn has_aes() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::identity::testing::{TestCa, id};
+
+    #[test]
+    fn handshakes_have_this_order() {
+        let root = TestCa::root("root");
+        let identity = id("db");
+        let tls = root.workload(&identity, &[&root]);
+        let node = ([127, 0, 0, 1], 1).into();
+        let called = tls.client_config(&identity, node);
+        let pooled = tls.hbone_client_config(&identity);
+        for crypto in [
+            called.crypto_provider(),
+            pooled.crypto_provider(),
+            tls.server_config().crypto_provider(),
+            tls.hbone_server_config().crypto_provider(),
+        ] {
+            let order = |crypto: &CryptoProvider| {
+                let suites = crypto.cipher_suites.iter();
+                suites.map(SupportedCipherSuite::suite).collect::<Vec<_>>()
+            };
+            assert_eq!(order(crypto), order(&provider()));
+            assert!(is_first(crypto.cipher_suites[0], has_aes()));
+        }
+    }
 
     #[test]
     fn no_suite_is_lost_and_the_fast_one_is_first() {
