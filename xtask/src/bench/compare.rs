@@ -50,8 +50,8 @@ pub(super) struct MeshArguments {
     /// Another build of the agent, to compare with: this one's binary is target/release/sidestep.
     #[arg(long, value_name = "FILE")]
     against: Option<PathBuf>,
-    /// Only loads whose name begins with one of these, separated by commas: calls, turns, requests, bulk.
-    #[arg(long, value_delimiter = ',')]
+    /// Only these loads, separated by commas.
+    #[arg(long, value_delimiter = ',', value_parser = ["calls", "turns", "requests", "bulk"])]
     loads: Vec<String>,
 }
 
