@@ -49,7 +49,7 @@ pub const TOPIC: Topic = Topic {
         instances::instances_that_come_and_go_are_followed: "with capture.instances, instances that come and go are followed, one that fails its checks is reached, and two services at one address are refused there";
         instances::srv_records_lead_to_instances_in_the_mesh: "with capture.instances and dns.service_answers = instances, curl to what dig finds by SRV goes through the mesh to that instance";
         instances::instances_of_consul_are_captured: "with capture.instances and Consul, instances that Consul's own DNS names are reached through the mesh, with an address of their own too, and once denied not at all";
-        load::own_names_are_answered_fast: "20,000 queries of own names per second (5,000 without optimisation) are answered, at the listener and captured, and at most one of 100,000 is lost; dnsmasq's rate is told beside";
+        load::own_names_are_answered_fast: "20,000 queries of own names per second (5,000 without optimisation) are answered, at the listener and captured, and none is lost; of those that are forwarded at most one in 100,000; dnsmasq's rate is told beside";
         load::an_upgrade_loses_no_query: "`sidestep upgrade` under load: no query is lost, and none is answered wrong";
     },
 };
