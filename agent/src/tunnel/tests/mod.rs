@@ -7,6 +7,7 @@ mod resumption;
 mod ends;
 mod openssl;
 mod cost;
+mod memory;
 
 use std::{
     net::{Ipv4Addr, SocketAddr, SocketAddrV4},
