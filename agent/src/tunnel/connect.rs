@@ -5,13 +5,16 @@
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
-use rustls::{ClientConfig, ServerConfig};
+use rustls::{
+    ClientConfig, ServerConfig,
+    server::{Accepted, Acceptor},
+};
 use rustls_pki_types::ServerName;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{net::TcpStream, time::Instant};
-use tokio_rustls::{Accept, Connect, LazyConfigAcceptor, StartHandshake, TlsConnector};
+use tokio_rustls::{Accept, Connect, StartHandshake, TlsConnector};
 
-use super::{TunnelStream, tls};
+use super::{TunnelStream, session::Session, tls};
 use crate::{
     identity::{spiffe::SpiffeId, verify::PeerIdentityError, workload_tls::WorkloadTls},
     telemetry::record::Stage,
@@ -148,34 +151,41 @@ impl Dialled {
         tls: &WorkloadTls,
         limit: Duration,
     ) -> Result<TunnelStream, TunnelError> {
-        let address = self.address;
-        let handshake = self.connect(sni, tls.client_config(expected, address))?;
+        let Self { stream, address } = self;
+        let config = tls.client_config(expected, address);
+        let session = Session::calling(config, server_name(sni)?).map_err(TunnelError::verdict)?;
+        let handshake = TunnelStream::handshake(Box::new(session), stream, vec![]);
         let stream = match tokio::time::timeout(limit, handshake).await {
             Ok(done) => done.map_err(TunnelError::handshake)?,
             Err(_) => return Err(TunnelError::HandshakeTimeout),
         };
-        if let Err(error) = tls.check_resumed(stream.get_ref().1, Some(expected)) {
+        if let Err(error) = tls.check_resumed(stream.session(), Some(expected)) {
             tls.forget_sessions(expected, address);
             return Err(TunnelError::verdict(error));
         }
-        Ok(TunnelStream::new(stream.into()))
+        Ok(stream)
     }
 
-    /// The TLS handshake alone; the caller sets the deadline.
+    /// The TLS handshake of a connection that tunnels share, alone; the caller sets the deadline.
     pub(super) fn connect(
         self,
         sni: String,
         config: Arc<ClientConfig>,
     ) -> Result<Connect<TcpStream>, TunnelError> {
-        let name =
-            ServerName::try_from(sni.clone()).map_err(|_invalid| TunnelError::ServerName(sni))?;
-        Ok(TlsConnector::from(config).connect(name, self.stream))
+        Ok(TlsConnector::from(config).connect(server_name(sni)?, self.stream))
     }
+}
+
+fn server_name(sni: String) -> Result<ServerName<'static>, TunnelError> {
+    ServerName::try_from(sni.clone()).map_err(|_invalid| TunnelError::ServerName(sni))
 }
 
 /// A tunnel whose first message was read, and nothing answered.
 pub struct Incoming {
-    start: StartHandshake<TcpStream>,
+    stream: TcpStream,
+    hello: Accepted,
+    /// The bytes of the hello, and what came with it.
+    bytes: Vec<u8>,
 }
 
 impl std::fmt::Debug for Incoming {
@@ -193,28 +203,64 @@ impl Incoming {
     /// [`TunnelError::Silent`] if the peer leaves at once, else see [`TunnelError`].
     pub async fn read_hello(stream: TcpStream, deadline: Instant) -> Result<Self, TunnelError> {
         prepare(&stream).map_err(TunnelError::Handshake)?;
-        let first = tokio::time::timeout_at(deadline, stream.peek(&mut [0_u8; 1])).await;
-        match first {
-            Ok(Ok(0)) => return Err(TunnelError::Silent),
-            Ok(Ok(_)) => {}
-            Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionReset => {
-                return Err(TunnelError::Silent);
-            }
-            Ok(Err(error)) => return Err(TunnelError::Handshake(error)),
-            Err(_) => return Err(TunnelError::HandshakeTimeout),
-        }
-        let acceptor = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), stream);
-        match tokio::time::timeout_at(deadline, acceptor).await {
-            Ok(read) => read
-                .map(|start| Self { start })
-                .map_err(TunnelError::Handshake),
+        match tokio::time::timeout_at(deadline, Self::read(stream)).await {
+            Ok(read) => read,
             Err(_) => Err(TunnelError::HandshakeTimeout),
+        }
+    }
+
+    async fn read(stream: TcpStream) -> Result<Self, TunnelError> {
+        let mut acceptor = Acceptor::default();
+        let mut bytes = Vec::new();
+        loop {
+            let begun = bytes.len();
+            stream.readable().await.map_err(TunnelError::Handshake)?;
+            let mut piece = [0; 2048];
+            let length = match stream.try_read(&mut piece) {
+                Ok(0) if begun == 0 => return Err(TunnelError::Silent),
+                Ok(0) => {
+                    let error = io::ErrorKind::UnexpectedEof;
+                    return Err(TunnelError::Handshake(error.into()));
+                }
+                Ok(length) => length,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset && begun == 0 => {
+                    return Err(TunnelError::Silent);
+                }
+                Err(error) => return Err(TunnelError::Handshake(error)),
+            };
+            let mut piece = piece.get(..length).unwrap_or_default();
+            bytes.extend_from_slice(piece);
+            while !piece.is_empty() {
+                acceptor
+                    .read_tls(&mut piece)
+                    .map_err(TunnelError::Handshake)?;
+            }
+            match acceptor.accept() {
+                Ok(Some(hello)) => {
+                    return Ok(Self {
+                        stream,
+                        hello,
+                        bytes,
+                    });
+                }
+                Ok(None) => {}
+                Err((error, mut alert)) => {
+                    let mut answer = Vec::new();
+                    alert
+                        .write_all(&mut answer)
+                        .map_err(TunnelError::Handshake)?;
+                    // Nothing was sent before it, so there is room; if the peer is gone there is nothing to tell.
+                    drop(stream.try_write(&answer));
+                    return Err(TunnelError::verdict(error));
+                }
+            }
         }
     }
 
     /// What the peer asks for.
     pub fn server_name(&self) -> Option<String> {
-        self.start.client_hello().server_name().map(str::to_owned)
+        self.hello.client_hello().server_name().map(str::to_owned)
     }
 
     /// Tells the peer that nothing here has the name that it asks for, and closes: without a word it could not
@@ -223,7 +269,7 @@ impl Incoming {
         /// A fatal alert `unrecognized_name` in a plaintext record. Source: RFC 8446, sections 5.1 and 6.
         const UNRECOGNIZED_NAME: [u8; 7] = [21, 3, 3, 0, 2, 2, 112];
         // Nothing was sent before it, so there is room; if the peer is gone there is nothing to tell.
-        drop(self.start.io.try_write(&UNRECOGNIZED_NAME));
+        drop(self.stream.try_write(&UNRECOGNIZED_NAME));
     }
 
     /// Finishes the handshake as the workload that `tls` belongs to; the peer must show an identity of its
@@ -237,19 +283,21 @@ impl Incoming {
         deadline: Instant,
     ) -> Result<(TunnelStream, SpiffeId), TunnelError> {
         let config = Arc::clone(tls.server_config());
-        let stream = match tokio::time::timeout_at(deadline, self.accept(config)).await {
+        let session = Session::called(config).map_err(TunnelError::verdict)?;
+        let handshake = TunnelStream::handshake(Box::new(session), self.stream, self.bytes);
+        let stream = match tokio::time::timeout_at(deadline, handshake).await {
             Ok(done) => done.map_err(TunnelError::handshake)?,
             Err(_) => return Err(TunnelError::HandshakeTimeout),
         };
-        tls.check_resumed(stream.get_ref().1, None)
+        tls.check_resumed(stream.session(), None)
             .map_err(TunnelError::verdict)?;
-        let peer = tls::peer_identity(stream.get_ref().1)?;
-        Ok((TunnelStream::new(stream.into()), peer))
+        let peer = tls::peer_identity(stream.session())?;
+        Ok((stream, peer))
     }
 
-    /// The rest of the TLS handshake alone; the caller sets the deadline.
+    /// The rest of the TLS handshake of a connection that tunnels share, alone; the caller sets the deadline.
     pub(super) fn accept(self, config: Arc<ServerConfig>) -> Accept<TcpStream> {
-        self.start.into_stream(config)
+        StartHandshake::from_parts(self.hello, self.stream).into_stream(config)
     }
 }
 

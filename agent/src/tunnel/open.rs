@@ -14,15 +14,15 @@ use crate::relay::Endpoint;
 /// What carries one application connection to another node.
 #[derive(Debug)]
 pub enum OpenTunnel {
-    /// A TLS connection of its own. Boxed, for it is several times the size of the other.
-    Connect(Box<TunnelStream>),
+    /// A TLS connection of its own.
+    Connect(TunnelStream),
     /// A stream of a shared one.
     Hbone(HboneStream),
 }
 
 impl From<TunnelStream> for OpenTunnel {
     fn from(stream: TunnelStream) -> Self {
-        Self::Connect(Box::new(stream))
+        Self::Connect(stream)
     }
 }
 

@@ -1,56 +1,280 @@
 //! An open tunnel: bytes through TLS through TCP, ended in order or by a reset.
+//!
+//! It owns no buffer while it has nothing in hand: each thread has one that its tunnels read and seal in. What does not
+//! fit is kept until it is asked for again: the start of a record, bytes that the reader had no room for, records that the
+//! socket did not take.
 
 use std::{
+    cell::RefCell,
     fmt, io,
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
+use rustls::CommonState;
 use socket2::SockRef;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
 };
-use tokio_rustls::TlsStream;
 
+use super::session::{Received, Session};
 use crate::relay::Endpoint;
+
+/// The longest record on the wire. Source: RFC 5246, section 6.2.3; those of TLS 1.3 are shorter.
+const RECORD: usize = 5 + (16 << 10) + 2048;
+
+/// What is sealed at a time: four records.
+const SEALED_AT_ONCE: usize = 64 << 10;
+
+/// Room for that, and for the longest message of a handshake that rustls takes (64 KiB) in records.
+const ROOM: usize = SEALED_AT_ONCE + RECORD;
+
+thread_local! {
+    static WIRE: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Lends the thread's buffer, of [`ROOM`] bytes.
+fn with_wire<T>(work: impl FnOnce(&mut [u8]) -> T) -> T {
+    WIRE.with_borrow_mut(|wire| {
+        wire.resize(ROOM, 0);
+        work(wire)
+    })
+}
 
 /// One side of a tunnel.
 ///
 /// Shutting it down sends `close_notify` and then FIN; the other direction goes on. An end of the TCP
 /// connection without `close_notify` is an error when reading: somebody may have cut the bytes short.
 pub struct TunnelStream {
-    tls: TlsStream<TcpStream>,
+    tcp: TcpStream,
+    // On the heap: rustls' state is large, and this is moved about.
+    session: Box<Session>,
+    /// What came of records that are not whole.
+    unread: Vec<u8>,
+    /// What came for the reader, who had no room.
+    plain: Kept,
+    /// What the socket did not take.
+    outgoing: Kept,
+    /// Nothing more comes.
+    end: Option<End>,
+    /// `close_notify` is sent, or in `outgoing`.
+    shut: bool,
+}
+
+/// How the peer's bytes ended.
+enum End {
+    InOrder,
+    CutShort,
+    Failed(rustls::Error),
+}
+
+/// Bytes that wait, from a position on.
+#[derive(Default)]
+struct Kept {
+    bytes: Vec<u8>,
+    at: usize,
+}
+
+impl Kept {
+    fn rest(&self) -> &[u8] {
+        self.bytes.get(self.at..).unwrap_or_default()
+    }
+
+    /// The first `count` are done with; gives the memory back with the last.
+    fn advance(&mut self, count: usize) {
+        self.at += count;
+        if self.at >= self.bytes.len() {
+            *self = Self::default();
+        }
+    }
 }
 
 impl TunnelStream {
-    pub(super) fn new(tls: TlsStream<TcpStream>) -> Self {
-        Self { tls }
+    /// Does the handshake; `first` is what the peer has said already.
+    ///
+    /// # Errors
+    /// Those of the socket, and rustls' own, as the inner one.
+    pub(super) async fn handshake(
+        session: Box<Session>,
+        tcp: TcpStream,
+        mut first: Vec<u8>,
+    ) -> io::Result<Self> {
+        let mut stream = Self {
+            tcp,
+            session,
+            unread: vec![],
+            plain: Kept::default(),
+            outgoing: Kept::default(),
+            end: None,
+            shut: false,
+        };
+        stream.receive(&mut first, &mut ReadBuf::new(&mut []));
+        std::future::poll_fn(|cx| stream.poll_handshake(cx)).await?;
+        Ok(stream)
+    }
+
+    fn poll_handshake(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        loop {
+            let sent = self.poll_send(cx);
+            match &self.end {
+                None => ready!(sent)?,
+                Some(End::Failed(error)) => return Poll::Ready(Err(invalid(error))),
+                Some(End::InOrder | End::CutShort) => {
+                    let left = "the peer left in the TLS handshake";
+                    let error = io::Error::new(io::ErrorKind::UnexpectedEof, left);
+                    return Poll::Ready(Err(error));
+                }
+            }
+            if !self.session().is_handshaking() {
+                return Poll::Ready(Ok(()));
+            }
+            ready!(self.poll_receive(cx, &mut ReadBuf::new(&mut [])))?;
+        }
+    }
+
+    /// What the handshake brought.
+    pub(super) fn session(&self) -> &CommonState {
+        self.session.common()
     }
 
     /// Whether the handshake left the certificates out.
     #[cfg(test)]
     pub(super) fn is_resumed(&self) -> bool {
-        let (_tcp, connection) = self.tls.get_ref();
-        connection.handshake_kind() == Some(rustls::HandshakeKind::Resumed)
+        self.session().handshake_kind() == Some(rustls::HandshakeKind::Resumed)
     }
+
+    /// Reads from the socket, once; what that brings for the application goes into `into` as far as it fits.
+    fn poll_receive(
+        &mut self,
+        cx: &mut Context<'_>,
+        into: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        with_wire(|wire| {
+            let begun = self.unread.len();
+            // What the reader has room for, and the rest of a record.
+            let end = (begun + into.remaining() + RECORD).min(ROOM);
+            let Some(free) = wire.get_mut(begun..end).filter(|free| !free.is_empty()) else {
+                let error = "a TLS message is longer than 64 KiB";
+                return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, error)));
+            };
+            let mut read = ReadBuf::new(free);
+            ready!(Pin::new(&mut self.tcp).poll_read(cx, &mut read))?;
+            let read = read.filled().len();
+            if read == 0 {
+                self.end = Some(End::CutShort);
+                return Poll::Ready(Ok(()));
+            }
+            let incoming = wire.get_mut(..begun + read).unwrap_or_default();
+            if let Some(kept) = incoming.get_mut(..begun) {
+                kept.copy_from_slice(&self.unread);
+            }
+            self.receive(incoming, into);
+            // An alert, if anything. Else what is to be sent goes out with what is written next.
+            let _blocked = self.poll_send(cx);
+            Poll::Ready(Ok(()))
+        })
+    }
+
+    fn receive(&mut self, incoming: &mut [u8], into: &mut ReadBuf<'_>) {
+        let plain = &mut self.plain.bytes;
+        let mut give = |bytes: &[u8]| {
+            let (now, later) = bytes.split_at(bytes.len().min(into.remaining()));
+            into.put_slice(now);
+            plain.extend_from_slice(later);
+        };
+        let outgoing = &mut self.outgoing.bytes;
+        let Received { used, ended } = self.session.receive(incoming, &mut give, outgoing);
+        self.end = match ended {
+            Ok(false) => None,
+            Ok(true) => Some(End::InOrder),
+            Err(error) => Some(End::Failed(error)),
+        };
+        match incoming.get(used..) {
+            Some(rest) if !rest.is_empty() && self.end.is_none() => {
+                self.unread.clear();
+                self.unread.extend_from_slice(rest);
+            }
+            _ => self.unread = vec![],
+        }
+    }
+
+    /// Gives what was kept for the reader.
+    fn give_kept(&mut self, into: &mut ReadBuf<'_>) {
+        let rest = self.plain.rest();
+        let count = rest.len().min(into.remaining());
+        into.put_slice(rest.get(..count).unwrap_or_default());
+        self.plain.advance(count);
+    }
+
+    /// Sends what the socket did not take before.
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.outgoing.bytes.is_empty() {
+            let rest = self.outgoing.rest();
+            match ready!(Pin::new(&mut self.tcp).poll_write(cx, rest))? {
+                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                sent => self.outgoing.advance(sent),
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Seals `plain` and sends of it what the socket takes; the rest is kept. Nothing may be kept before.
+    fn seal_and_send(&mut self, cx: &mut Context<'_>, plain: &[u8]) -> io::Result<()> {
+        with_wire(|wire| {
+            let sealed = self.session.seal(&mut self.unread, plain, wire);
+            let sealed =
+                sealed.map_err(|error| io::Error::new(io::ErrorKind::BrokenPipe, error))?;
+            let mut rest = wire.get(..sealed).unwrap_or_default();
+            while !rest.is_empty() {
+                let sent = match Pin::new(&mut self.tcp).poll_write(cx, rest)? {
+                    Poll::Ready(0) => return Err(io::ErrorKind::WriteZero.into()),
+                    Poll::Ready(sent) => sent,
+                    Poll::Pending => {
+                        self.outgoing.bytes.extend_from_slice(rest);
+                        break;
+                    }
+                };
+                rest = rest.get(sent..).unwrap_or_default();
+            }
+            Ok(())
+        })
+    }
+
+    /// Seals the end of the stream, once, unless the session has failed: then its alert was the end.
+    fn seal_end(&mut self) -> io::Result<()> {
+        if !std::mem::replace(&mut self.shut, true) && !matches!(self.end, Some(End::Failed(_))) {
+            // A record with an alert, and perhaps one before it with other keys.
+            let mut records = [0; 256];
+            let sealed = self.session.seal_end(&mut self.unread, &mut records);
+            let sealed =
+                sealed.map_err(|error| io::Error::new(io::ErrorKind::BrokenPipe, error))?;
+            let records = records.get(..sealed).unwrap_or_default();
+            self.outgoing.bytes.extend_from_slice(records);
+        }
+        Ok(())
+    }
+}
+
+fn invalid(error: &rustls::Error) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error.clone())
 }
 
 impl fmt::Debug for TunnelStream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("TunnelStream")
-            .field("tcp", self.tls.get_ref().0)
+            .field("tcp", &self.tcp)
             .finish_non_exhaustive()
     }
 }
 
 impl Endpoint for TunnelStream {
     fn abort(&mut self) {
-        abort_tcp(self.tls.get_ref().0);
+        abort_tcp(&self.tcp);
     }
 
     fn pending_error(&mut self) -> Option<io::Error> {
-        self.tls.get_ref().0.take_error().ok().flatten()
+        self.tcp.take_error().ok().flatten()
     }
 }
 
@@ -64,17 +288,23 @@ impl AsyncRead for TunnelStream {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
+        into: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let read = Pin::new(&mut self.tls).poll_read(cx, buf);
-        read.map_err(|error| {
-            if error.kind() != io::ErrorKind::UnexpectedEof {
-                return error;
+        let before = into.filled().len();
+        self.give_kept(into);
+        while into.filled().len() == before && into.remaining() > 0 {
+            match &self.end {
+                None => ready!(self.poll_receive(cx, into))?,
+                Some(End::InOrder) => break,
+                Some(End::Failed(error)) => return Poll::Ready(Err(invalid(error))),
+                Some(End::CutShort) => {
+                    let error = "the peer closed the connection without close_notify";
+                    let error = io::Error::new(io::ErrorKind::UnexpectedEof, error);
+                    return Poll::Ready(Err(error));
+                }
             }
-            // What the library says of it explains itself by an address of its documentation.
-            let said = "the tunnel ended without a word (no close_notify): its other end was killed, or somebody cut it";
-            io::Error::new(io::ErrorKind::UnexpectedEof, said)
-        })
+        }
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -84,14 +314,32 @@ impl AsyncWrite for TunnelStream {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.tls).poll_write(cx, bytes)
+        ready!(self.poll_send(cx))?;
+        if let Some(End::Failed(error)) = &self.end {
+            return Poll::Ready(Err(invalid(error)));
+        }
+        let mut written = 0;
+        for part in bytes.chunks(SEALED_AT_ONCE) {
+            self.seal_and_send(cx, part)?;
+            written += part.len();
+            if !self.outgoing.bytes.is_empty() {
+                break;
+            }
+        }
+        Poll::Ready(Ok(written))
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tls).poll_flush(cx)
+        self.poll_send(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tls).poll_shutdown(cx)
+        self.seal_end()?;
+        ready!(self.poll_send(cx))?;
+        match ready!(Pin::new(&mut self.tcp).poll_shutdown(cx)) {
+            // The peer has closed the connection, and needs no end any more.
+            Err(error) if error.kind() == io::ErrorKind::NotConnected => Poll::Ready(Ok(())),
+            shut => Poll::Ready(shut),
+        }
     }
 }

@@ -42,6 +42,40 @@ async fn each_direction_ends_on_its_own() {
     }
 }
 
+/// All that comes, read in pieces of at most `length` bytes.
+async fn read_by(stream: &mut TunnelStream, length: usize) -> Vec<u8> {
+    let (mut received, mut piece) = (vec![], vec![0; length]);
+    loop {
+        let count = stream.read(&mut piece).await.unwrap();
+        if count == 0 {
+            return received;
+        }
+        received.extend_from_slice(&piece[..count]);
+    }
+}
+
+#[tokio::test]
+async fn bytes_arrive_in_order_however_they_are_cut() {
+    let bytes: Vec<u8> = (0..400_000_u32)
+        .map(|n| n.to_le_bytes()[0] ^ n.to_le_bytes()[1])
+        .collect();
+    // Of a write and of a read: below, at and above a record, and what is sealed and read at a time.
+    let lengths = [1, 100, 16 << 10, (16 << 10) + 1, 64 << 10, 100_000];
+    for (written, read) in lengths.iter().flat_map(|w| lengths.map(|r| (*w, r))) {
+        // Single bytes of all of it take long.
+        let bytes = bytes.get(..written.min(read) * 4000).unwrap_or(&bytes);
+        let (mut sender, mut receiver) = tunnel().await;
+        let sending = async {
+            for piece in bytes.chunks(written) {
+                sender.write_all(piece).await.unwrap();
+            }
+            sender.shutdown().await.unwrap();
+        };
+        let ((), received) = tokio::join!(sending, read_by(&mut receiver, read));
+        assert!(received == bytes, "{written} {read}");
+    }
+}
+
 #[tokio::test]
 async fn a_stream_cut_short_is_an_error_not_an_end() {
     let (mut client, mut server) = tunnel().await;

@@ -9,7 +9,7 @@ use super::*;
 const TUNNELS: usize = 500;
 
 /// What each end of an idle tunnel may hold in the heap, in bytes.
-const MOST: usize = 9 << 10;
+const MOST: usize = 5 << 10;
 
 /// In a process of its own: what the heap holds cannot be told apart from what other tests do.
 #[test]

@@ -17,6 +17,7 @@ use crate::{
         verify::ExpectedServer,
     },
     telemetry::{log::chain, record::Stage},
+    tunnel::OpenTunnel,
 };
 
 #[tokio::test]
@@ -376,9 +377,10 @@ async fn what_speaks_no_tls_is_told_so() {
 #[test]
 fn tunnels_and_errors_stay_small() {
     assert!(
-        size_of::<TunnelStream>() <= 1536,
-        "{}",
-        size_of::<TunnelStream>()
+        size_of::<OpenTunnel>() <= 256,
+        "{} {}",
+        size_of::<TunnelStream>(),
+        size_of::<OpenTunnel>()
     );
     assert!(size_of::<TunnelError>() <= 128);
 }
