@@ -154,7 +154,7 @@ impl Dialled {
         let Self { stream, address } = self;
         let config = tls.client_config(expected, address);
         let session = Session::calling(config, server_name(sni)?).map_err(TunnelError::verdict)?;
-        let handshake = TunnelStream::handshake(Box::new(session), stream, vec![]);
+        let handshake = TunnelStream::handshake(session, stream, vec![]);
         let stream = match tokio::time::timeout(limit, handshake).await {
             Ok(done) => done.map_err(TunnelError::handshake)?,
             Err(_) => return Err(TunnelError::HandshakeTimeout),
@@ -183,7 +183,8 @@ fn server_name(sni: String) -> Result<ServerName<'static>, TunnelError> {
 /// A tunnel whose first message was read, and nothing answered.
 pub struct Incoming {
     stream: TcpStream,
-    hello: Accepted,
+    // On the heap, like the acceptor: both are large, and the connection's task would keep the room for them.
+    hello: Box<Accepted>,
     /// The bytes of the hello, and what came with it.
     bytes: Vec<u8>,
 }
@@ -210,7 +211,7 @@ impl Incoming {
     }
 
     async fn read(stream: TcpStream) -> Result<Self, TunnelError> {
-        let mut acceptor = Acceptor::default();
+        let mut acceptor = Box::new(Acceptor::default());
         let mut bytes = Vec::new();
         loop {
             let begun = bytes.len();
@@ -240,7 +241,7 @@ impl Incoming {
                 Ok(Some(hello)) => {
                     return Ok(Self {
                         stream,
-                        hello,
+                        hello: Box::new(hello),
                         bytes,
                     });
                 }
@@ -282,9 +283,10 @@ impl Incoming {
         tls: &WorkloadTls,
         deadline: Instant,
     ) -> Result<(TunnelStream, SpiffeId), TunnelError> {
+        let Self { stream, bytes, .. } = self;
         let config = Arc::clone(tls.server_config());
         let session = Session::called(config).map_err(TunnelError::verdict)?;
-        let handshake = TunnelStream::handshake(Box::new(session), self.stream, self.bytes);
+        let handshake = TunnelStream::handshake(session, stream, bytes);
         let stream = match tokio::time::timeout_at(deadline, handshake).await {
             Ok(done) => done.map_err(TunnelError::handshake)?,
             Err(_) => return Err(TunnelError::HandshakeTimeout),
@@ -297,7 +299,7 @@ impl Incoming {
 
     /// The rest of the TLS handshake of a connection that tunnels share, alone; the caller sets the deadline.
     pub(super) fn accept(self, config: Arc<ServerConfig>) -> Accept<TcpStream> {
-        StartHandshake::from_parts(self.hello, self.stream).into_stream(config)
+        StartHandshake::from_parts(*self.hello, self.stream).into_stream(config)
     }
 }
 

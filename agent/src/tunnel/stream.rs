@@ -48,8 +48,13 @@ fn with_wire<T>(work: impl FnOnce(&mut [u8]) -> T) -> T {
 /// connection without `close_notify` is an error when reading: somebody may have cut the bytes short.
 pub struct TunnelStream {
     tcp: TcpStream,
-    // On the heap: rustls' state is large, and this is moved about.
-    session: Box<Session>,
+    // On the heap: it is large, and tasks keep room for each place that a tunnel is handed through.
+    tls: Box<Tls>,
+}
+
+/// What is known and kept beside the socket.
+struct Tls {
+    session: Session,
     /// What came of records that are not whole.
     unread: Vec<u8>,
     /// What came for the reader, who had no room.
@@ -96,19 +101,19 @@ impl TunnelStream {
     /// # Errors
     /// Those of the socket, and rustls' own, as the inner one.
     pub(super) async fn handshake(
-        session: Box<Session>,
+        session: Session,
         tcp: TcpStream,
         mut first: Vec<u8>,
     ) -> io::Result<Self> {
-        let mut stream = Self {
-            tcp,
+        let tls = Box::new(Tls {
             session,
             unread: vec![],
             plain: Kept::default(),
             outgoing: Kept::default(),
             end: None,
             shut: false,
-        };
+        });
+        let mut stream = Self { tcp, tls };
         stream.receive(&mut first, &mut ReadBuf::new(&mut []));
         std::future::poll_fn(|cx| stream.poll_handshake(cx)).await?;
         Ok(stream)
@@ -117,7 +122,7 @@ impl TunnelStream {
     fn poll_handshake(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
             let sent = self.poll_send(cx);
-            match &self.end {
+            match &self.tls.end {
                 None => ready!(sent)?,
                 Some(End::Failed(error)) => return Poll::Ready(Err(invalid(error))),
                 Some(End::InOrder | End::CutShort) => {
@@ -135,7 +140,7 @@ impl TunnelStream {
 
     /// What the handshake brought.
     pub(super) fn session(&self) -> &CommonState {
-        self.session.common()
+        self.tls.session.common()
     }
 
     /// Whether the handshake left the certificates out.
@@ -151,7 +156,7 @@ impl TunnelStream {
         into: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         with_wire(|wire| {
-            let begun = self.unread.len();
+            let begun = self.tls.unread.len();
             // What the reader has room for, and the rest of a record.
             let end = (begun + into.remaining() + RECORD).min(ROOM);
             let Some(free) = wire.get_mut(begun..end).filter(|free| !free.is_empty()) else {
@@ -162,12 +167,12 @@ impl TunnelStream {
             ready!(Pin::new(&mut self.tcp).poll_read(cx, &mut read))?;
             let read = read.filled().len();
             if read == 0 {
-                self.end = Some(End::CutShort);
+                self.tls.end = Some(End::CutShort);
                 return Poll::Ready(Ok(()));
             }
             let incoming = wire.get_mut(..begun + read).unwrap_or_default();
             if let Some(kept) = incoming.get_mut(..begun) {
-                kept.copy_from_slice(&self.unread);
+                kept.copy_from_slice(&self.tls.unread);
             }
             self.receive(incoming, into);
             // An alert, if anything. Else what is to be sent goes out with what is written next.
@@ -177,43 +182,44 @@ impl TunnelStream {
     }
 
     fn receive(&mut self, incoming: &mut [u8], into: &mut ReadBuf<'_>) {
-        let plain = &mut self.plain.bytes;
+        let tls = &mut *self.tls;
+        let plain = &mut tls.plain.bytes;
         let mut give = |bytes: &[u8]| {
             let (now, later) = bytes.split_at(bytes.len().min(into.remaining()));
             into.put_slice(now);
             plain.extend_from_slice(later);
         };
-        let outgoing = &mut self.outgoing.bytes;
-        let Received { used, ended } = self.session.receive(incoming, &mut give, outgoing);
-        self.end = match ended {
+        let outgoing = &mut tls.outgoing.bytes;
+        let Received { used, ended } = tls.session.receive(incoming, &mut give, outgoing);
+        tls.end = match ended {
             Ok(false) => None,
             Ok(true) => Some(End::InOrder),
             Err(error) => Some(End::Failed(error)),
         };
         match incoming.get(used..) {
-            Some(rest) if !rest.is_empty() && self.end.is_none() => {
-                self.unread.clear();
-                self.unread.extend_from_slice(rest);
+            Some(rest) if !rest.is_empty() && tls.end.is_none() => {
+                tls.unread.clear();
+                tls.unread.extend_from_slice(rest);
             }
-            _ => self.unread = vec![],
+            _ => tls.unread = vec![],
         }
     }
 
     /// Gives what was kept for the reader.
     fn give_kept(&mut self, into: &mut ReadBuf<'_>) {
-        let rest = self.plain.rest();
+        let rest = self.tls.plain.rest();
         let count = rest.len().min(into.remaining());
         into.put_slice(rest.get(..count).unwrap_or_default());
-        self.plain.advance(count);
+        self.tls.plain.advance(count);
     }
 
     /// Sends what the socket did not take before.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        while !self.outgoing.bytes.is_empty() {
-            let rest = self.outgoing.rest();
+        while !self.tls.outgoing.bytes.is_empty() {
+            let rest = self.tls.outgoing.rest();
             match ready!(Pin::new(&mut self.tcp).poll_write(cx, rest))? {
                 0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                sent => self.outgoing.advance(sent),
+                sent => self.tls.outgoing.advance(sent),
             }
         }
         Poll::Ready(Ok(()))
@@ -222,7 +228,8 @@ impl TunnelStream {
     /// Seals `plain` and sends of it what the socket takes; the rest is kept. Nothing may be kept before.
     fn seal_and_send(&mut self, cx: &mut Context<'_>, plain: &[u8]) -> io::Result<()> {
         with_wire(|wire| {
-            let sealed = self.session.seal(&mut self.unread, plain, wire);
+            let tls = &mut *self.tls;
+            let sealed = tls.session.seal(&mut tls.unread, plain, wire);
             let sealed =
                 sealed.map_err(|error| io::Error::new(io::ErrorKind::BrokenPipe, error))?;
             let mut rest = wire.get(..sealed).unwrap_or_default();
@@ -231,7 +238,7 @@ impl TunnelStream {
                     Poll::Ready(0) => return Err(io::ErrorKind::WriteZero.into()),
                     Poll::Ready(sent) => sent,
                     Poll::Pending => {
-                        self.outgoing.bytes.extend_from_slice(rest);
+                        self.tls.outgoing.bytes.extend_from_slice(rest);
                         break;
                     }
                 };
@@ -243,14 +250,15 @@ impl TunnelStream {
 
     /// Seals the end of the stream, once, unless the session has failed: then its alert was the end.
     fn seal_end(&mut self) -> io::Result<()> {
-        if !std::mem::replace(&mut self.shut, true) && !matches!(self.end, Some(End::Failed(_))) {
+        let tls = &mut *self.tls;
+        if !std::mem::replace(&mut tls.shut, true) && !matches!(tls.end, Some(End::Failed(_))) {
             // A record with an alert, and perhaps one before it with other keys.
             let mut records = [0; 256];
-            let sealed = self.session.seal_end(&mut self.unread, &mut records);
+            let sealed = tls.session.seal_end(&mut tls.unread, &mut records);
             let sealed =
                 sealed.map_err(|error| io::Error::new(io::ErrorKind::BrokenPipe, error))?;
             let records = records.get(..sealed).unwrap_or_default();
-            self.outgoing.bytes.extend_from_slice(records);
+            tls.outgoing.bytes.extend_from_slice(records);
         }
         Ok(())
     }
@@ -293,7 +301,7 @@ impl AsyncRead for TunnelStream {
         let before = into.filled().len();
         self.give_kept(into);
         while into.filled().len() == before && into.remaining() > 0 {
-            match &self.end {
+            match &self.tls.end {
                 None => ready!(self.poll_receive(cx, into))?,
                 Some(End::InOrder) => break,
                 Some(End::Failed(error)) => return Poll::Ready(Err(invalid(error))),
@@ -315,14 +323,14 @@ impl AsyncWrite for TunnelStream {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         ready!(self.poll_send(cx))?;
-        if let Some(End::Failed(error)) = &self.end {
+        if let Some(End::Failed(error)) = &self.tls.end {
             return Poll::Ready(Err(invalid(error)));
         }
         let mut written = 0;
         for part in bytes.chunks(SEALED_AT_ONCE) {
             self.seal_and_send(cx, part)?;
             written += part.len();
-            if !self.outgoing.bytes.is_empty() {
+            if !self.tls.outgoing.bytes.is_empty() {
                 break;
             }
         }

@@ -377,7 +377,7 @@ async fn what_speaks_no_tls_is_told_so() {
 #[test]
 fn tunnels_and_errors_stay_small() {
     assert!(
-        size_of::<OpenTunnel>() <= 256,
+        size_of::<OpenTunnel>() <= 128,
         "{} {}",
         size_of::<TunnelStream>(),
         size_of::<OpenTunnel>()
