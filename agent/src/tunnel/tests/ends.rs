@@ -3,6 +3,7 @@
 use std::io::ErrorKind;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio_rustls::TlsConnector;
 
 use super::*;
 use crate::relay::Endpoint as _;
@@ -73,6 +74,32 @@ async fn bytes_arrive_in_order_however_they_are_cut() {
         };
         let ((), received) = tokio::join!(sending, read_by(&mut receiver, read));
         assert!(received == bytes, "{written} {read}");
+    }
+}
+
+#[tokio::test]
+async fn a_peer_may_change_its_keys() {
+    let root = TestCa::root("root");
+    let client = root.workload(&id("web"), &[&root]);
+    let server = root.workload(&id("db"), &[&root]);
+    let (listener, address) = listen().await;
+    let connector = TlsConnector::from(client.client_config(&id("db"), address));
+    let tcp = TcpStream::connect(address).await.unwrap();
+    let connecting = connector.connect(SERVER_NAME.try_into().unwrap(), tcp);
+    let (client, taken) =
+        Box::pin(async { tokio::join!(connecting, take(&listener, &server)) }).await;
+    let (mut client, mut server) = (client.unwrap(), taken.unwrap().0);
+    for round in 0..3 {
+        // It asks the other end to do the same.
+        client.get_mut().1.refresh_traffic_keys().unwrap();
+        client.write_all(&[round]).await.unwrap();
+        client.flush().await.unwrap();
+        let mut heard = [9];
+        server.read_exact(&mut heard).await.unwrap();
+        server.write_all(&heard).await.unwrap();
+        server.flush().await.unwrap();
+        client.read_exact(&mut heard).await.unwrap();
+        assert_eq!(heard, [round]);
     }
 }
 
