@@ -8,6 +8,7 @@ mod ends;
 mod openssl;
 mod cost;
 mod memory;
+mod keys;
 
 use std::{
     net::{Ipv4Addr, SocketAddr, SocketAddrV4},
