@@ -286,10 +286,12 @@ impl Outbound {
             Err(outcome) => return outcome,
         };
         record.enter(Stage::Route);
+        // Boxed: what opening needs is not kept for the life of the connection.
+        let opening = Box::pin(self.open(permit, wanted, settings, record));
         let opened = tokio::select! {
             biased;
             () = live.connection.cut() => return cut_outcome(&live.connection),
-            opened = self.open(permit, wanted, settings, record) => opened,
+            opened = opening => opened,
         };
         let (choice, mut upstream) = match opened {
             Ok(opened) => opened,
