@@ -28,6 +28,7 @@ pub mod socket_file;
 pub mod handover;
 pub mod health;
 pub mod lifecycle;
+pub mod workers;
 pub mod privileges;
 pub mod stable_hash;
 mod whole_number;

@@ -11,6 +11,8 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::Instrument as _;
 
+use crate::workers::Workers;
+
 /// Three steps: `draining` says "take nothing new", `forced` says "end now" to what is left of it, and `stopped`
 /// ends what went on beside the draining: following the catalog, and, unless another agent has taken over before,
 /// serving operators (`released`).
@@ -22,18 +24,51 @@ pub struct Shutdown {
     stopped: CancellationToken,
     tasks: TaskTracker,
     services: TaskTracker,
+    workers: Workers,
 }
 
 impl Shutdown {
+    /// Connections are carried by `workers`.
+    pub fn with(workers: Workers) -> Self {
+        Self {
+            workers,
+            ..Self::default()
+        }
+    }
+
+    /// The threads that carry connections.
+    pub fn workers(&self) -> &Workers {
+        &self.workers
+    }
+
     /// Starts `task` under `span_name`; shutdown waits for it. A panic ends the task alone and is logged.
-    #[expect(clippy::disallowed_methods, reason = "the one place that spawns")]
     pub fn spawn<T: Send + 'static>(
         &self,
         name: &'static str,
         task: impl Future<Output = T> + Send + 'static,
     ) -> JoinHandle<T> {
+        self.spawn_on(&Handle::current(), name, task)
+    }
+
+    /// The same, on another runtime than the caller's.
+    pub fn spawn_on<T: Send + 'static>(
+        &self,
+        runtime: &Handle,
+        name: &'static str,
+        task: impl Future<Output = T> + Send + 'static,
+    ) -> JoinHandle<T> {
         let span = tracing::debug_span!("task", name);
-        tokio::spawn(self.tasks.track_future(task.instrument(span)))
+        runtime.spawn(self.tasks.track_future(task.instrument(span)))
+    }
+
+    /// The same, on one of the [workers](Self::workers). What has to be waited for there is made by the task.
+    pub fn spawn_connection(
+        &self,
+        name: &'static str,
+        task: impl Future<Output = ()> + Send + 'static,
+    ) {
+        let (runtime, carried) = self.workers.least_busy();
+        self.spawn_on(&runtime, name, carried.track_future(task));
     }
 
     /// Starts a task that goes on while others drain, at most until [`Self::stopped`]; draining does not wait for it.

@@ -6,7 +6,11 @@ use clap::Args;
 use tokio::runtime::{self, Runtime};
 
 use super::{ConfigArgs, load_config, output};
-use crate::{node, privileges, telemetry::log};
+use crate::{
+    node, privileges,
+    telemetry::log,
+    workers::{WorkerThreads, Workers},
+};
 
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
@@ -47,16 +51,12 @@ pub(super) fn run(args: &RunArgs) -> ExitCode {
     if let Err(error) = privileges::drop_unneeded(config.capture.mode) {
         tracing::warn!(error = %log::chain(&error), "capabilities not dropped");
     }
-    let runtime = match runtime(config.limits.workers) {
-        Ok(runtime) => runtime,
+    let (runtime, workers, _threads) = match start(config.limits.workers) {
+        Ok(started) => started,
         Err(error) => return output::failed(&error),
     };
-    match runtime.block_on(Box::pin(node::run(
-        path.clone(),
-        config,
-        log,
-        args.take_over,
-    ))) {
+    let running = node::run(path.clone(), config, log, workers, args.take_over);
+    match runtime.block_on(Box::pin(running)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(error = %log::chain(&error), "the agent did not start");
@@ -65,13 +65,15 @@ pub(super) fn run(args: &RunArgs) -> ExitCode {
     }
 }
 
-/// What accepts and carries connections, on `workers` threads.
-fn runtime(workers: usize) -> io::Result<Runtime> {
-    runtime::Builder::new_multi_thread()
+/// The threads that carry connections, and as many for everything else: names may be asked as often.
+fn start(workers: usize) -> io::Result<(Runtime, Workers, WorkerThreads)> {
+    let runtime = runtime::Builder::new_multi_thread()
         .enable_all()
         .worker_threads(workers)
         .thread_name("sidestep")
-        .build()
+        .build()?;
+    let (workers, threads) = Workers::start(workers)?;
+    Ok((runtime, workers, threads))
 }
 
 #[cfg(test)]
@@ -80,9 +82,10 @@ mod tests {
 
     #[test]
     fn there_are_as_many_workers_as_configured() {
-        for workers in [1, 3] {
-            let runtime = runtime(workers).unwrap();
-            assert_eq!(runtime.metrics().num_workers(), workers);
+        for count in [1, 3] {
+            let (runtime, workers, _threads) = start(count).unwrap();
+            assert_eq!(runtime.metrics().num_workers(), count);
+            assert_eq!(workers.count(), count);
         }
     }
 }

@@ -5,7 +5,7 @@
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, SocketAddr, TcpListener},
     pin::pin,
     sync::Arc,
     time::Duration,
@@ -16,9 +16,10 @@ use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 use tokio::{
     io::AsyncWriteExt as _,
     net::{
-        TcpListener, TcpStream, UdpSocket,
+        TcpStream, UdpSocket,
         tcp::{OwnedReadHalf, OwnedWriteHalf},
     },
+    runtime::Handle,
     sync::{Semaphore, mpsc},
     time::{Instant, timeout},
 };
@@ -29,7 +30,7 @@ use super::{
     limit::RateLimit,
 };
 use crate::{
-    accept::accept_all,
+    accept::{Accepted, Acceptor, accept_all},
     lifecycle::Shutdown,
     sockets::{Kept, ListeningSockets, SocketKey},
     telemetry::{Telemetry, metrics::DnsOutcome, record::Direction},
@@ -143,7 +144,7 @@ impl Reply for FromServer {
 #[derive(Debug)]
 pub struct DnsListener {
     server: Arc<DnsServer>,
-    listener: TcpListener,
+    acceptor: Acceptor<TcpListener>,
     kept: Kept,
 }
 
@@ -170,9 +171,12 @@ impl DnsListener {
         let key = SocketKey::here(address).map_err(failed(Transport::Tcp))?;
         let listened = sockets.listen(key, || listen(address));
         let (listener, kept) = listened.map_err(failed(Transport::Tcp))?;
+        // Beside the other names: no worker carries them.
+        let acceptor =
+            Acceptor::new(listener, Handle::current()).map_err(failed(Transport::Tcp))?;
         let datagrams = datagrams(address).map_err(failed(Transport::Udp))?;
         Ok(Self {
-            listener: TcpListener::from_std(listener).map_err(failed(Transport::Tcp))?,
+            acceptor,
             server: Arc::new(DnsServer {
                 service: Arc::new(Service {
                     resolver,
@@ -193,7 +197,7 @@ impl DnsListener {
         shutdown.spawn("dns over udp", Arc::clone(&server).serve_datagrams());
         shutdown.spawn("dns over tcp", async move {
             Arc::clone(&server.service)
-                .serve_connections(self.listener)
+                .serve_connections(self.acceptor)
                 .await;
             drop(self.kept);
         });
@@ -302,18 +306,22 @@ impl Service {
         false
     }
 
-    async fn serve_connections(self: Arc<Self>, listener: TcpListener) {
+    async fn serve_connections(self: Arc<Self>, acceptor: Acceptor<TcpListener>) {
         let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
         let service = Arc::clone(&self);
-        let handle = move |stream, client: SocketAddr| {
+        let handle = move |accepted: Accepted<TcpListener>| {
             let metrics = service.telemetry.metrics();
             // Dropped, the connection closes.
-            if !service.gate.allows(client.ip()) {
+            if !service.gate.allows(accepted.peer().ip()) {
                 metrics.dns_query(Transport::Tcp, DnsOutcome::NotAllowed);
                 return;
             }
             match Arc::clone(&connections).try_acquire_owned() {
                 Ok(permit) => {
+                    let stream = accepted.stream(Direction::Outbound, &service.telemetry);
+                    let Some((stream, client)) = stream else {
+                        return;
+                    };
                     let task = Arc::clone(&service).serve_connection(stream, client, None, permit);
                     service.shutdown.spawn("dns connection", task);
                 }
@@ -321,7 +329,7 @@ impl Service {
             }
         };
         accept_all(
-            listener,
+            acceptor,
             Direction::Outbound,
             &self.telemetry,
             &self.shutdown,
@@ -406,7 +414,7 @@ async fn write_answers(
     drop(permit);
 }
 
-fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = socket(address, Type::STREAM, Protocol::TCP)?;
     socket.bind(&SockAddr::from(address))?;
     socket.listen(BACKLOG)?;

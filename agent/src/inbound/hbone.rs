@@ -4,17 +4,17 @@
 //! nothing else. Each stream goes the way of [`super`] on its own: registered, decided, delivered, with a line in
 //! the access log.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    net::{SocketAddr, TcpListener},
+    sync::Arc,
+};
 
 use hyper::StatusCode;
-use tokio::{
-    net::{TcpListener, TcpStream},
-    time::Instant,
-};
+use tokio::{net::TcpStream, time::Instant};
 
 use super::{Inbound, Target, Targets, handshake_failed};
 use crate::{
-    accept::accept_all,
+    accept::{Acceptor, accept_all},
     catalog::model::ServiceName,
     connections::Unproven,
     identity::{LocalDomain, spiffe::SpiffeId},
@@ -114,27 +114,33 @@ struct Peer {
 
 impl Inbound {
     /// Serves the HBONE listener until draining starts.
-    pub async fn serve_hbone(self: Arc<Self>, listener: TcpListener) {
+    pub async fn serve_hbone(self: Arc<Self>, acceptor: Acceptor<TcpListener>) {
         let shutdown = self.shutdown.clone();
         accept_all(
-            listener,
+            acceptor,
             Direction::Inbound,
             &self.telemetry,
             &shutdown,
-            |stream, peer| {
+            |accepted| {
+                let peer = *accepted.peer();
                 let slot = self.connections.admit(Direction::Inbound);
                 let unproven = slot
                     .as_ref()
                     .and_then(|_slot| self.connections.admit_unproven(peer.ip()));
                 let (Some(slot), Some(unproven)) = (slot, unproven) else {
-                    refuse_at_limit(&self.telemetry, Direction::Inbound, stream, Some(peer));
+                    refuse_at_limit(&self.telemetry, Direction::Inbound, accepted, Some(peer));
                     return;
                 };
                 let inbound = Arc::clone(&self);
-                self.shutdown.spawn("inbound tunnel", async move {
-                    Box::pin(inbound.carry_tunnel(stream, peer, unproven)).await;
+                let carrying = async move {
+                    let stream = accepted.stream(Direction::Inbound, &inbound.telemetry);
+                    if let Some((stream, peer)) = stream {
+                        Box::pin(inbound.carry_tunnel(stream, peer, unproven)).await;
+                    }
                     drop(slot);
-                });
+                };
+                // Its streams stay with it.
+                shutdown.spawn_on(&shutdown.workers().in_turn(), "inbound tunnel", carrying);
             },
         )
         .await;

@@ -3,16 +3,16 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, SocketAddr, TcpListener},
     sync::Arc,
 };
 
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
-use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use super::Inbound;
 use crate::{
+    accept::Acceptor,
     sockets::{Kept, ListeningSockets, SocketKey},
     telemetry::log::chain,
 };
@@ -39,8 +39,8 @@ pub struct TunnelListeners {
 /// A listener that nothing is accepted from yet.
 #[derive(Debug)]
 enum Waiting {
-    Shared(TcpListener),
-    Hbone(u16, TcpListener),
+    Shared(Acceptor<TcpListener>),
+    Hbone(u16, Acceptor<TcpListener>),
 }
 
 #[derive(Debug)]
@@ -79,8 +79,8 @@ impl TunnelListeners {
             hbone: None,
             waiting: Vec::new(),
         };
-        let listener = listeners.bind(shared_port)?;
-        listeners.waiting.push(Waiting::Shared(listener));
+        let acceptor = listeners.bind(shared_port)?;
+        listeners.waiting.push(Waiting::Shared(acceptor));
         Ok(listeners)
     }
 
@@ -89,9 +89,9 @@ impl TunnelListeners {
     /// # Errors
     /// If the port cannot be opened.
     pub fn open_hbone(&mut self, port: u16) -> Result<(), TunnelListenError> {
-        let (listener, kept) = self.listener(port)?;
+        let (acceptor, kept) = self.acceptor(port)?;
         self.hbone = Some((port, kept));
-        self.waiting.push(Waiting::Hbone(port, listener));
+        self.waiting.push(Waiting::Hbone(port, acceptor));
         Ok(())
     }
 
@@ -101,8 +101,8 @@ impl TunnelListeners {
         let shared = self.shared_port;
         for waiting in std::mem::take(&mut self.waiting) {
             match waiting {
-                Waiting::Shared(listener) => self.serve(shared, listener),
-                Waiting::Hbone(port, listener) => self.serve_hbone(port, listener),
+                Waiting::Shared(acceptor) => self.serve(shared, acceptor),
+                Waiting::Hbone(port, acceptor) => self.serve_hbone(port, acceptor),
             }
         }
         self.open.retain(|port, listener| {
@@ -145,56 +145,60 @@ impl TunnelListeners {
     }
 
     fn start(&mut self, port: u16) -> Result<(), TunnelListenError> {
-        let listener = self.bind(port)?;
-        self.serve(port, listener);
+        let acceptor = self.bind(port)?;
+        self.serve(port, acceptor);
         Ok(())
     }
 
-    fn bind(&mut self, port: u16) -> Result<TcpListener, TunnelListenError> {
-        let (listener, kept) = self.listener(port)?;
+    fn bind(&mut self, port: u16) -> Result<Acceptor<TcpListener>, TunnelListenError> {
+        let (acceptor, kept) = self.acceptor(port)?;
         let open = OpenPort {
             closed: CancellationToken::new(),
             _kept: kept,
         };
         self.open.insert(port, open);
-        Ok(listener)
+        Ok(acceptor)
     }
 
-    fn serve(&self, port: u16, listener: TcpListener) {
+    fn serve(&self, port: u16, acceptor: Acceptor<TcpListener>) {
         let Some(closed) = self.open.get(&port).map(|open| open.closed.clone()) else {
             return;
         };
         let inbound = Arc::clone(&self.inbound);
-        self.inbound.shutdown.spawn("tunnel listener", async move {
+        let runtime = acceptor.runtime().clone();
+        let shutdown = &self.inbound.shutdown;
+        shutdown.spawn_on(&runtime, "tunnel listener", async move {
             tokio::select! {
                 () = closed.cancelled() => {}
-                () = inbound.serve(listener, port) => {}
+                () = inbound.serve(acceptor, port) => {}
             }
         });
         let address = SocketAddr::new(self.address, port);
         tracing::info!(%address, "taking tunnels");
     }
 
-    fn serve_hbone(&self, port: u16, listener: TcpListener) {
+    fn serve_hbone(&self, port: u16, acceptor: Acceptor<TcpListener>) {
         let inbound = Arc::clone(&self.inbound);
-        let serve = Arc::clone(&inbound).serve_hbone(listener);
-        inbound.shutdown.spawn("hbone listener", serve);
+        let runtime = acceptor.runtime().clone();
+        let serve = Arc::clone(&inbound).serve_hbone(acceptor);
+        inbound.shutdown.spawn_on(&runtime, "hbone listener", serve);
         let address = SocketAddr::new(self.address, port);
         tracing::info!(%address, "taking HBONE tunnels");
     }
 
-    fn listener(&self, port: u16) -> Result<(TcpListener, Kept), TunnelListenError> {
+    fn acceptor(&self, port: u16) -> Result<(Acceptor<TcpListener>, Kept), TunnelListenError> {
         let address = SocketAddr::new(self.address, port);
         let failed = |source| TunnelListenError { address, source };
         let key = SocketKey::here(address).map_err(failed)?;
         let listened = self.sockets.listen(key, || listen(address));
         let (listener, kept) = listened.map_err(failed)?;
-        let listener = TcpListener::from_std(listener).map_err(failed)?;
-        Ok((listener, kept))
+        let runtime = self.inbound.shutdown.workers().in_turn();
+        let acceptor = Acceptor::new(listener, runtime).map_err(failed)?;
+        Ok((acceptor, kept))
     }
 }
 
-fn listen(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = Socket::new(
         Domain::for_address(address),
         Type::STREAM.nonblocking().cloexec(),

@@ -9,16 +9,21 @@ pub mod hbone;
 pub mod listeners;
 pub mod targets;
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    net::{SocketAddr, TcpListener},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 
 use self::{
     deliver::Deliverer,
     targets::{Target, Targets},
 };
 use crate::{
-    accept::accept_all,
+    accept::{Acceptor, accept_all},
     catalog::{model::IntentionAction, store::CatalogStore},
     connections::{Connection, Connections, Unproven},
     identity::{LocalDomain, certificates::Certificates, spiffe::SpiffeId},
@@ -113,27 +118,32 @@ impl Namespaces {
 
 impl Inbound {
     /// Serves one tunnel listener until draining starts.
-    pub async fn serve(self: Arc<Self>, listener: TcpListener, port: u16) {
+    pub async fn serve(self: Arc<Self>, acceptor: Acceptor<TcpListener>, port: u16) {
         let shutdown = self.shutdown.clone();
         accept_all(
-            listener,
+            acceptor,
             Direction::Inbound,
             &self.telemetry,
             &shutdown,
-            |stream, peer| {
+            |accepted| {
+                let peer = *accepted.peer();
                 let slot = self.connections.admit(Direction::Inbound);
                 let unproven = slot
                     .as_ref()
                     .and_then(|_slot| self.connections.admit_unproven(peer.ip()));
                 let (Some(slot), Some(unproven)) = (slot, unproven) else {
-                    refuse_at_limit(&self.telemetry, Direction::Inbound, stream, Some(peer));
+                    refuse_at_limit(&self.telemetry, Direction::Inbound, accepted, Some(peer));
                     return;
                 };
                 let inbound = Arc::clone(&self);
-                self.shutdown.spawn("inbound connection", async move {
-                    inbound.carry(stream, peer, port, unproven).await;
+                let carrying = async move {
+                    let stream = accepted.stream(Direction::Inbound, &inbound.telemetry);
+                    if let Some((stream, peer)) = stream {
+                        inbound.carry(stream, peer, port, unproven).await;
+                    }
                     drop(slot);
-                });
+                };
+                shutdown.spawn_connection("inbound connection", carrying);
             },
         )
         .await;

@@ -63,6 +63,7 @@ use crate::{
         Telemetry,
         log::{LogHandle, chain},
     },
+    workers::Workers,
 };
 
 /// The agent could not start, or not end in order.
@@ -180,7 +181,8 @@ enum End {
     Replaced(Successor),
 }
 
-/// Runs the agent until SIGTERM or SIGINT, or until another one takes over; then drains it.
+/// Runs the agent until SIGTERM or SIGINT, or until another one takes over; then drains it. Connections are carried by
+/// `workers`, all else by the caller's runtime.
 ///
 /// With `take_over`, the agent that runs hands over to this one, if there is one.
 ///
@@ -190,6 +192,7 @@ pub async fn run(
     path: PathBuf,
     config: Config,
     log: LogHandle,
+    workers: Workers,
     take_over: bool,
 ) -> Result<(), NodeError> {
     // Registered first: a signal during a slow start must not kill without cleaning up.
@@ -202,7 +205,7 @@ pub async fn run(
     let (predecessor, inheritance) = inherit(&config, &handover_socket, take_over).await?;
     // What it needs may be away, and its coming be waited for.
     let mut follower = tokio::select! {
-        started = start::start(path, config, log, inheritance) => started?,
+        started = start::start(path, config, log, workers, inheritance) => started?,
         _ = terminate.recv() => return Ok(()),
         _ = interrupt.recv() => return Ok(()),
     };

@@ -67,6 +67,7 @@ use crate::{
         series::SeriesLimits,
     },
     tunnel::hbone::{self, Pool, PoolLimits},
+    workers::Workers,
 };
 
 /// Builds everything and starts it. Capture begins when all behind it is ready.
@@ -74,9 +75,10 @@ pub(super) async fn start(
     config_path: PathBuf,
     config: Config,
     log: LogHandle,
+    workers: Workers,
     inheritance: Inheritance,
 ) -> Result<Follower, NodeError> {
-    let shutdown = Shutdown::default();
+    let shutdown = Shutdown::with(workers);
     let sockets = ListeningSockets::inheriting(inheritance.sockets);
     let cgroups = Arc::new(own_cgroup(&config)?);
     let telemetry = telemetry(&config)?;

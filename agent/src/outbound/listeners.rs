@@ -10,11 +10,11 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use super::{Capture, Outbound};
 use crate::{
+    accept::Acceptor,
     datapath::{
         DatapathError, NetnsCookie,
         listener::{self, CaptureListeners},
@@ -185,16 +185,16 @@ impl CaptureNamespaces {
             tracing::error!(%place, error = %chain(&error), "DNS queries in datagrams are not captured");
         }
         for listener in std::iter::once(v4).chain(v6) {
-            let listener = TcpListener::from_std(listener).map_err(failed)?;
+            let shutdown = &self.outbound.shutdown;
+            let acceptor = Acceptor::new(listener, shutdown.workers().in_turn()).map_err(failed)?;
+            let runtime = acceptor.runtime().clone();
             let (outbound, closed) = (Arc::clone(&self.outbound), closed.clone());
-            self.outbound
-                .shutdown
-                .spawn("capture listener", async move {
-                    tokio::select! {
-                        () = closed.cancelled() => {}
-                        () = outbound.serve(listener, Capture) => {}
-                    }
-                });
+            shutdown.spawn_on(&runtime, "capture listener", async move {
+                tokio::select! {
+                    () = closed.cancelled() => {}
+                    () = outbound.serve(acceptor, Capture) => {}
+                }
+            });
         }
         tracing::info!(%place, %cookie, port, "capturing in namespace");
         self.open.lock().insert(

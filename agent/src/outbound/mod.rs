@@ -13,9 +13,13 @@ pub mod upstreams;
 mod unix_client;
 mod unix_socket;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::{SocketAddr, TcpListener},
+    sync::Arc,
+    time::Duration,
+};
 
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 
 use self::{
     balance::{Balancer, Ejection},
@@ -23,7 +27,7 @@ use self::{
     steps::Upstream,
 };
 use crate::{
-    accept::{Listener, accept_all},
+    accept::{Accepted, Acceptor, Listener, accept_all},
     catalog::{
         consul::{ConsulHandle, found::Found},
         model::ServiceName,
@@ -179,29 +183,32 @@ pub(crate) const DRAINED: &str = "drain deadline";
 
 impl Outbound {
     /// Serves one capture listener, or that of an explicit upstream, until draining starts.
-    async fn serve<L>(self: Arc<Self>, listener: L, door: impl Door<L>)
+    async fn serve<L>(self: Arc<Self>, acceptor: Acceptor<L>, door: impl Door<L>)
     where
         L: Listener,
-        L::Stream: Endpoint + Send + Sync + 'static,
-        L::Peer: Send + Sync + 'static,
+        L::Stream: Endpoint,
     {
         let door = Arc::new(door);
         let shutdown = self.shutdown.clone();
         accept_all(
-            listener,
+            acceptor,
             Direction::Outbound,
             &self.telemetry,
             &shutdown,
-            |stream, peer| {
+            |accepted| {
                 let Some(slot) = self.connections.admit(Direction::Outbound) else {
-                    refuse_at_limit(&self.telemetry, Direction::Outbound, stream, None);
+                    refuse_at_limit(&self.telemetry, Direction::Outbound, accepted, None);
                     return;
                 };
                 let (outbound, door) = (Arc::clone(&self), Arc::clone(&door));
-                self.shutdown.spawn("outbound connection", async move {
-                    outbound.carry(stream, &peer, &*door).await;
+                let carrying = async move {
+                    let stream = accepted.stream(Direction::Outbound, &outbound.telemetry);
+                    if let Some((stream, peer)) = stream {
+                        outbound.carry(stream, &peer, &*door).await;
+                    }
                     drop(slot);
-                });
+                };
+                shutdown.spawn_connection("outbound connection", carrying);
             },
         )
         .await;
@@ -316,17 +323,22 @@ pub(crate) fn cut_outcome(connection: &crate::connections::Connection) -> Outcom
 }
 
 /// Ends a connection above `limits.max_connections`: a reset, not an empty answer.
-pub(crate) fn refuse_at_limit(
+pub(crate) fn refuse_at_limit<L>(
     telemetry: &Telemetry,
     direction: Direction,
-    mut stream: impl Endpoint,
+    accepted: Accepted<L>,
     peer: Option<SocketAddr>,
-) {
+) where
+    L: Listener,
+    L::Stream: Endpoint,
+{
     let mut record = ConnectionRecord::begin(telemetry, direction);
     if let Some(peer) = peer {
         record.peer(peer);
     }
-    stream.abort();
+    if let Some((mut stream, _peer)) = accepted.stream(direction, telemetry) {
+        stream.abort();
+    }
     record.finish(Outcome::Failed {
         stage: Stage::Capture,
         side: Side::Internal,

@@ -7,12 +7,13 @@
 use std::{
     collections::BTreeMap,
     io,
-    net::{SocketAddr, TcpListener as StdListener},
+    net::{SocketAddr, TcpListener},
+    os::unix::net::UnixListener,
     sync::Arc,
 };
 
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpStream, UnixStream};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -21,7 +22,7 @@ use super::{
     unix_socket::{self, BoundFile},
 };
 use crate::{
-    accept::Listener,
+    accept::{Acceptor, Listener},
     catalog::{
         consul::found::{Finder, Found},
         model::ServiceName,
@@ -154,17 +155,15 @@ impl UpstreamListeners {
                     clients: Arc::clone(&self.clients),
                 };
                 let (listener, kept) = self.sockets.listen(key, || listen(*address))?;
-                let listener = TcpListener::from_std(listener)?;
-                self.serve(listener, upstream, closed.clone());
+                self.serve(listener, upstream, closed.clone())?;
                 (kept, None)
             }
             ListenAddress::Unix(path) => {
                 let clients = self.unix_clients()?;
                 let (listener, kept, file) =
                     unix_socket::listen(&self.sockets, key, path, offer.mode)?;
-                let listener = UnixListener::from_std(listener)?;
                 let upstream = UnixUpstream { leads_to, clients };
-                self.serve(listener, upstream, closed.clone());
+                self.serve(listener, upstream, closed.clone())?;
                 (kept, Some(file))
             }
         };
@@ -184,20 +183,28 @@ impl UpstreamListeners {
         Ok(Arc::clone(self.unix_clients.insert(Arc::new(clients))))
     }
 
-    fn serve<L>(&self, listener: L, upstream: impl Door<L>, closed: CancellationToken)
+    fn serve<L>(
+        &self,
+        listener: L,
+        upstream: impl Door<L>,
+        closed: CancellationToken,
+    ) -> io::Result<()>
     where
-        L: Listener + Send + Sync + 'static,
-        L::Stream: Endpoint + Send + Sync + 'static,
-        L::Peer: Send + Sync + 'static,
+        L: Listener,
+        L::Stream: Endpoint,
     {
         let outbound = Arc::clone(&self.outbound);
+        let acceptor = Acceptor::new(listener, outbound.shutdown.workers().in_turn())?;
+        let runtime = acceptor.runtime().clone();
         let serving = async move {
             tokio::select! {
                 () = closed.cancelled() => {}
-                () = outbound.serve(listener, upstream) => {}
+                () = outbound.serve(acceptor, upstream) => {}
             }
         };
-        self.outbound.shutdown.spawn("upstream listener", serving);
+        let shutdown = &self.outbound.shutdown;
+        shutdown.spawn_on(&runtime, "upstream listener", serving);
+        Ok(())
     }
 }
 
@@ -296,7 +303,7 @@ fn not_told(side: Side, error: &dyn std::fmt::Display) -> Outcome {
     }
 }
 
-fn listen(address: SocketAddr) -> io::Result<StdListener> {
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = Socket::new(
         Domain::for_address(address),
         Type::STREAM.nonblocking().cloexec(),

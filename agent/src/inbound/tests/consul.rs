@@ -28,7 +28,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Speaks first, then repeats a line. Counts its connections.
 async fn application(shutdown: &Shutdown) -> (u16, Arc<AtomicUsize>) {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+        .await
+        .unwrap();
     let port = listener.local_addr().unwrap().port();
     let count = Arc::<AtomicUsize>::default();
     let counted = Arc::clone(&count);
@@ -61,7 +63,7 @@ impl Drop for BuiltInProxy {
 
 impl BuiltInProxy {
     fn start(consul: &RealConsul) -> Self {
-        let free = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let port = free.local_addr().unwrap().port();
         drop(free);
         let child = Command::new(program().unwrap())
@@ -133,7 +135,7 @@ async fn consuls_proxy_reaches_an_instance_by_its_registration() {
     let db = json!({"ID": "db-1", "Name": "db", "Port": app_port, "Address": "127.0.0.1"});
     register(&client, &db).await;
 
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let port = listener.local_addr().unwrap().port();
     let local = registrar(&client, port, &inbound.shutdown);
     let mut instances = local.instances();
@@ -145,7 +147,7 @@ async fn consuls_proxy_reaches_an_instance_by_its_registration() {
     let targets = Targets::at_own_ports(instances.iter(), &inbound.local);
     assert_eq!(targets.ports(), [port].into());
     inbound.targets.store(Arc::new(targets));
-    let serve = Arc::clone(&inbound).serve(listener, port);
+    let serve = Arc::clone(&inbound).serve(acceptor(listener), port);
     inbound.shutdown.spawn("listener", serve);
     local.listening_at([port].into());
     let passing = Request::to(&["v1", "health", "connect", "db"]).with("passing", "");

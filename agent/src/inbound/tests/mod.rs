@@ -7,6 +7,7 @@ use std::{collections::BTreeSet, net::Ipv4Addr, path::Path};
 use tempfile::tempdir;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
+    runtime::Handle,
     time::timeout,
 };
 
@@ -64,15 +65,20 @@ fn inbound(ca: Arc<dyn CertificateProvider>, log: &Path) -> Arc<Inbound> {
     })
 }
 
+fn acceptor(listener: TcpListener) -> Acceptor<TcpListener> {
+    listener.set_nonblocking(true).unwrap();
+    Acceptor::new(listener, Handle::current()).unwrap()
+}
+
 #[tokio::test]
 async fn a_health_check_leaves_no_line_and_no_outcome() {
     let place = tempdir().unwrap();
     let log = place.path().join("access.log");
     let ca = Arc::new(builtin_ca(place.path(), DAY, Arc::new(SystemClock)));
     let inbound = inbound(ca, &log);
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let address = listener.local_addr().unwrap();
-    let serve = Arc::clone(&inbound).serve(listener, address.port());
+    let serve = Arc::clone(&inbound).serve(acceptor(listener), address.port());
     inbound.shutdown.spawn("listener", serve);
 
     for check in 0..20 {
@@ -117,7 +123,7 @@ async fn who_comes_before_it_is_known_what_is_here_waits() {
     let place = tempdir().unwrap();
     let ca = Arc::new(builtin_ca(place.path(), DAY, Arc::new(SystemClock)));
     let inbound = inbound(ca, &place.path().join("access.log"));
-    let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let port = free.local_addr().unwrap().port();
     drop(free);
     let address = Ipv4Addr::LOCALHOST.into();

@@ -4,6 +4,9 @@
 /// applications are cheapest together.
 const STREAMS_PER_CONNECTION: usize = 16;
 
+/// Streams in flight from which on they are worth a connection on each worker that they come from.
+const STREAMS_PER_WORKER: usize = 4;
+
 /// One connection as it stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Load {
@@ -13,6 +16,8 @@ pub(super) struct Load {
     pub(super) limit: usize,
     /// Many bytes move on it.
     pub(super) is_busy: bool,
+    /// It is driven by the worker that the stream is for.
+    pub(super) is_near: bool,
 }
 
 /// What to do for one more stream.
@@ -27,19 +32,20 @@ pub(super) struct Plan {
 /// Decides for one more stream beside `waiting` others that have no connection yet, while `opening` connections are
 /// being opened.
 ///
-/// A group grows to `most` connections: with the streams in flight, and by one if bulk moves on all there are. Beyond
-/// `most` it grows only if no connection has room for another stream.
+/// A group grows to `most` connections: with the streams in flight, by one if bulk moves on all there are, and by one
+/// for each worker that has none. Beyond `most` it grows only if no connection has room for another stream.
 pub(super) fn plan(loads: &[Load], opening: usize, waiting: usize, most: usize) -> Plan {
     let take = loads
         .iter()
         .enumerate()
         .filter(|(_, load)| load.streams < load.limit)
-        .min_by_key(|(_, load)| (load.is_busy, load.streams))
+        .min_by_key(|(_, load)| (load.is_busy, !load.is_near, load.streams))
         .map(|(index, _)| index);
     let have = loads.len();
     let streams = loads.iter().map(|load| load.streams).sum::<usize>() + waiting + 1;
     let mut wanted = streams.div_ceil(STREAMS_PER_CONNECTION);
-    if loads.iter().all(|load| load.is_busy) {
+    let is_far = loads.iter().all(|load| !load.is_near) && streams > STREAMS_PER_WORKER;
+    if is_far || loads.iter().all(|load| load.is_busy) {
         wanted = wanted.max(have + 1);
     }
     wanted = wanted.min(most);
@@ -61,6 +67,7 @@ mod tests {
             streams,
             limit: 100,
             is_busy: false,
+            is_near: true,
         }
     }
 
@@ -103,6 +110,19 @@ mod tests {
         check(&[busy(1)], 0, 0, Some(0), 1);
         check(&[busy(1), load(1)], 0, 0, Some(1), 0);
         check(&[busy(50), busy(50), busy(60), busy(50)], 0, 0, Some(0), 0);
+    }
+
+    #[test]
+    fn a_worker_gets_a_connection_of_its_own_once_many_streams_are_in_flight() {
+        let far = |streams| Load {
+            is_near: false,
+            ..load(streams)
+        };
+        check(&[far(3)], 0, 0, Some(0), 0);
+        check(&[far(4)], 0, 0, Some(0), 1);
+        check(&[far(4)], 1, 0, Some(0), 0);
+        check(&[far(3), load(9)], 0, 0, Some(1), 0);
+        check(&[far(8); 4], 0, 0, Some(0), 0);
     }
 
     #[test]

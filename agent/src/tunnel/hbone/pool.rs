@@ -1,7 +1,7 @@
 //! Open connections to other nodes, shared by the streams of one service to another.
 //!
 //! A connection is authenticated as one workload and accepts one peer, so it is shared only by calls with the same
-//! of both. [`super::load`] decides how many there are; the task of each takes it out of the pool when nobody has
+//! of both. Each is driven by the worker that opened it, which uses it first. [`super::load`] decides how many there are; the task of each takes it out of the pool when nobody has
 //! used it for a while, when a certificate changed, or when it is closed.
 
 use std::{
@@ -32,6 +32,7 @@ use crate::{
     lifecycle::Shutdown,
     telemetry::log::chain,
     tunnel::connect::TunnelError,
+    workers::WorkerId,
 };
 
 /// How many connections may turn out to be closing, one after the other, before a call fails. Each costs the peer
@@ -124,6 +125,8 @@ impl std::fmt::Debug for State {
 struct Member {
     requests: SendRequest<Bytes>,
     link: Arc<Link>,
+    /// Which drives it.
+    worker: Option<WorkerId>,
 }
 
 /// How opening a connection goes; `None` while it does.
@@ -286,6 +289,7 @@ impl Opener {
         state.members.push(Member {
             requests: opened.requests,
             link: opened.link,
+            worker: WorkerId::here(),
         });
         self.not_opening(&mut state);
         (link, opened.driver)
@@ -396,6 +400,7 @@ impl Member {
                 .current_max_send_streams()
                 .min(MAX_STREAMS as usize),
             is_busy: self.link.is_busy(),
+            is_near: self.worker == WorkerId::here(),
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::io::ErrorKind;
 
 use super::*;
-use crate::telemetry::record::Stage;
+use crate::{telemetry::record::Stage, workers::Workers};
 
 #[tokio::test]
 async fn many_streams_share_few_connections() {
@@ -71,6 +71,31 @@ async fn a_thousand_streams_are_open_at_once() {
     // In order, so the connections are as good as before.
     assert!(pair.echoes().await);
     assert_eq!(pair.pool.in_use().0, connections);
+}
+
+#[tokio::test]
+async fn each_worker_gets_a_connection_of_its_own() {
+    let pair = Arc::new(Pair::new(4).await);
+    let (workers, _threads) = Workers::start(2).unwrap();
+    let open_five = || {
+        let pair = Arc::clone(&pair);
+        workers.in_turn().spawn(async move {
+            let mut streams = vec![];
+            for _ in 0..5 {
+                streams.push(pair.open(ECHO).await.unwrap());
+            }
+            streams
+        })
+    };
+    let mut streams = soon(open_five()).await.unwrap();
+    assert_eq!(pair.pool.in_use(), (1, 5));
+    streams.extend(soon(open_five()).await.unwrap());
+    until(|| pair.pool.in_use().0 == 2).await;
+    streams.extend(soon(open_five()).await.unwrap());
+    assert_eq!(pair.pool.in_use(), (2, 15), "both have one by now");
+    for stream in &mut streams {
+        exchange(stream, b"whichever drives it").await;
+    }
 }
 
 #[tokio::test]

@@ -1,0 +1,211 @@
+//! The threads that carry connections, each with a runtime of its own.
+//!
+//! A connection stays on one of them from accept to end, with its sockets, its timers and its tasks, so that nothing
+//! of it is woken on another thread or waits for a lock. What is no connection (catalog, Consul, names, operators) has
+//! the runtime that the agent started with, and holds up no bytes.
+
+use std::{
+    cell::Cell,
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread::{self, JoinHandle},
+};
+
+use tokio::runtime::{Builder, Handle};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+/// By how many connections a worker must be ahead of another before that one gets the next: to hand it over wakes a
+/// thread, and one that comes as another ends is best off where that one was.
+const AHEAD: usize = 2;
+
+thread_local! {
+    static HERE: Cell<Option<WorkerId>> = const { Cell::new(None) };
+}
+
+/// One of the agent's workers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WorkerId(usize);
+
+impl WorkerId {
+    /// The worker that the caller runs on, if it is one.
+    pub fn here() -> Option<Self> {
+        HERE.get()
+    }
+}
+
+/// Where connections are carried. Without any (in tests), on the caller's runtime.
+#[derive(Debug, Clone, Default)]
+pub struct Workers {
+    all: Arc<[Worker]>,
+    turn: Arc<AtomicUsize>,
+}
+
+#[derive(Debug)]
+struct Worker {
+    runtime: Handle,
+    /// Connections that are carried there.
+    carried: TaskTracker,
+}
+
+/// The threads of [`Workers`], which end when this is dropped.
+#[derive(Debug)]
+pub struct WorkerThreads {
+    stopped: CancellationToken,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Workers {
+    /// Starts `count` of them.
+    ///
+    /// # Errors
+    /// If a thread or its epoll instance cannot be had.
+    pub fn start(count: usize) -> io::Result<(Self, WorkerThreads)> {
+        let mut started = WorkerThreads {
+            stopped: CancellationToken::new(),
+            threads: Vec::new(),
+        };
+        let mut all = Vec::new();
+        for index in 0..count {
+            let runtime = Builder::new_current_thread()
+                .enable_all()
+                .thread_name(format!("worker-{index}-aside"))
+                .build()?;
+            all.push(Worker {
+                runtime: runtime.handle().clone(),
+                carried: TaskTracker::new(),
+            });
+            let stopped = started.stopped.clone();
+            let thread = thread::Builder::new().name(format!("worker-{index}"));
+            started.threads.push(thread.spawn(move || {
+                HERE.set(Some(WorkerId(index)));
+                runtime.block_on(stopped.cancelled());
+                // What is left is what shutdown did not wait for.
+                runtime.shutdown_background();
+            })?);
+        }
+        let workers = Self {
+            all: all.into(),
+            turn: Arc::default(),
+        };
+        Ok((workers, started))
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.all.len()
+    }
+
+    /// One after the other: for listeners, and for what carries many connections.
+    pub fn in_turn(&self) -> Handle {
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        let worker = self.all.get(turn % self.all.len().max(1));
+        worker.map_or_else(Handle::current, |worker| worker.runtime.clone())
+    }
+
+    /// Where the next connection is carried, and counted: here, unless another worker has fewer.
+    pub fn least_busy(&self) -> (Handle, TaskTracker) {
+        let carried = self.all.iter().map(|worker| worker.carried.len());
+        let chosen = least_busy(carried, WorkerId::here());
+        let Some(worker) = chosen.and_then(|WorkerId(index)| self.all.get(index)) else {
+            return (Handle::current(), TaskTracker::new());
+        };
+        (worker.runtime.clone(), worker.carried.clone())
+    }
+}
+
+/// The worker that carries the least; `here`, if none carries [`AHEAD`] less.
+fn least_busy(carried: impl Iterator<Item = usize>, here: Option<WorkerId>) -> Option<WorkerId> {
+    let cost = |(index, carried): (usize, usize)| {
+        let is_here = here == Some(WorkerId(index));
+        (carried + if is_here { 0 } else { AHEAD }, !is_here, index)
+    };
+    let (_carried, _is_elsewhere, index) = carried.enumerate().map(cost).min()?;
+    Some(WorkerId(index))
+}
+
+impl Drop for WorkerThreads {
+    fn drop(&mut self) {
+        self.stopped.cancel();
+        for thread in self.threads.drain(..) {
+            // Its panic was logged as it happened.
+            drop(thread.join());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::mpsc, time::Duration};
+
+    use super::*;
+
+    #[test]
+    fn a_connection_is_carried_where_it_came_in_unless_others_have_far_less() {
+        let table: [(&[usize], Option<usize>, usize); 7] = [
+            (&[0, 0], Some(1), 1),
+            (&[0, 2], Some(1), 1),
+            (&[0, 3], Some(1), 0),
+            (&[9, 4], Some(1), 1),
+            (&[9, 4], Some(0), 1),
+            (&[9, 4, 3], None, 2),
+            (&[3], Some(0), 0),
+        ];
+        for (carried, here, expected) in table {
+            let chosen = least_busy(carried.iter().copied(), here.map(WorkerId));
+            assert_eq!(chosen, Some(WorkerId(expected)), "{carried:?} {here:?}");
+        }
+        assert_eq!(least_busy(std::iter::empty(), None), None);
+    }
+
+    #[test]
+    fn there_are_as_many_as_asked_for_and_they_end() {
+        let (workers, threads) = Workers::start(3).unwrap();
+        let (found, seen) = mpsc::channel();
+        for _ in 0..6 {
+            let found = found.clone();
+            let note = async move { found.send(WorkerId::here()) };
+            drop(workers.in_turn().spawn(note));
+        }
+        let mut seen: Vec<_> = (0..6)
+            .map(|_| seen.recv_timeout(Duration::from_secs(20)).unwrap())
+            .map(|worker| worker.unwrap().0)
+            .collect();
+        seen.sort_unstable();
+        assert_eq!(seen, [0, 0, 1, 1, 2, 2]);
+        drop(threads);
+        let (kept, dropped) = mpsc::channel::<()>();
+        drop(workers.in_turn().spawn(async move {
+            std::future::pending::<()>().await;
+            drop(kept);
+        }));
+        let ended = dropped.recv_timeout(Duration::from_secs(20));
+        assert_eq!(ended, Err(mpsc::RecvTimeoutError::Disconnected));
+    }
+
+    #[test]
+    fn connections_are_spread_for_as_long_as_they_are_carried() {
+        let (workers, _threads) = Workers::start(2).unwrap();
+        let carried = || workers.all.iter().map(|worker| worker.carried.len());
+        let place = || {
+            workers
+                .least_busy()
+                .1
+                .track_future(std::future::pending::<()>())
+        };
+        let mut places: Vec<_> = (0..8).map(|_| place()).collect();
+        assert!(carried().all(|here| here >= 3), "{workers:?}");
+        places.clear();
+        assert_eq!(carried().sum::<usize>(), 0);
+    }
+
+    #[tokio::test]
+    async fn without_workers_connections_are_carried_on_the_runtime_of_the_caller() {
+        let workers = Workers::default();
+        let (next, (least, _)) = (workers.in_turn(), workers.least_busy());
+        assert_eq!(next.spawn(async { WorkerId::here() }).await.unwrap(), None);
+        assert_eq!(least.spawn(async { WorkerId::here() }).await.unwrap(), None);
+    }
+}
