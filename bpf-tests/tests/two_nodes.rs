@@ -10,6 +10,7 @@ use bpf_tests::{claims::path::TOPIC, test_claims};
 test_claims! {
     TOPIC:
     a_host_like_this_is_accepted
+    the_agent_makes_its_own_cgroup
     curl_reaches_nginx
     psql_reaches_postgresql
     redis_cli_pipelines

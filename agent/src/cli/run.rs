@@ -47,6 +47,10 @@ pub(super) fn run(args: &RunArgs) -> ExitCode {
         }
         Err(error) => tracing::warn!(error = %log::chain(&error), "limit of open files not raised"),
     }
+    // Only root may make a cgroup at the top.
+    if let Err(error) = node::enter_own_cgroup(&config) {
+        return output::failed(&error);
+    }
     // Before other threads exist: they inherit what is left.
     if let Err(error) = privileges::drop_unneeded(config.capture.mode) {
         tracing::warn!(error = %log::chain(&error), "capabilities not dropped");

@@ -19,7 +19,7 @@ mod well;
 pub(crate) use authority::builtin_ca;
 pub(crate) use away::problems as away_problems;
 pub(crate) use source::file_context;
-pub(crate) use start::{catalog_store, iptables_choice, vip_pools, vip_ranges};
+pub(crate) use start::{catalog_store, enter_own_cgroup, iptables_choice, vip_pools, vip_ranges};
 
 use std::{
     path::{Path, PathBuf},

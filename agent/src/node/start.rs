@@ -80,7 +80,7 @@ pub(super) async fn start(
 ) -> Result<Follower, NodeError> {
     let shutdown = Shutdown::with(workers);
     let sockets = ListeningSockets::inheriting(inheritance.sockets);
-    let cgroups = Arc::new(own_cgroup(&config)?);
+    let cgroups = Arc::new(find_cgroups()?);
     let telemetry = telemetry(&config)?;
     let catalog = catalog(&config);
     let workloads = Arc::new(workloads(&config, Arc::clone(&cgroups))?);
@@ -286,14 +286,22 @@ fn workloads(config: &Config, cgroups: Arc<Cgroup2>) -> Result<WorkloadResolver,
         .map_err(NodeError::when("compile the [[workload]] rules"))
 }
 
-fn own_cgroup(config: &Config) -> Result<Cgroup2, NodeError> {
-    let cgroups = Cgroup2::find().map_err(NodeError::when("find the cgroup2 hierarchy"))?;
-    if let Some(cgroup) = &config.agent.cgroup {
-        cgroups
-            .enter(cgroup)
-            .map_err(NodeError::when("enter agent.cgroup"))?;
-    }
-    Ok(cgroups)
+/// Moves the agent into the cgroup that is configured for it: before any socket exists, since a socket belongs to the
+/// cgroup in which it was made.
+///
+/// # Errors
+/// If it cannot be made or entered.
+pub(crate) fn enter_own_cgroup(config: &Config) -> Result<(), NodeError> {
+    let Some(cgroup) = &config.agent.cgroup else {
+        return Ok(());
+    };
+    find_cgroups()?
+        .enter(cgroup)
+        .map_err(NodeError::when("enter agent.cgroup"))
+}
+
+fn find_cgroups() -> Result<Cgroup2, NodeError> {
+    Cgroup2::find().map_err(NodeError::when("find the cgroup2 hierarchy"))
 }
 
 fn telemetry(config: &Config) -> Result<Telemetry, NodeError> {

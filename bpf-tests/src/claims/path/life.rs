@@ -1,9 +1,15 @@
 //! Endpoints, catalogs, configurations and agents that come and go.
 
-use std::{collections::BTreeMap, fs, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fs::{self, Permissions},
+    os::unix::fs::PermissionsExt as _,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::Signal;
+use serde_json::Value;
 
 use super::{
     capture::{bytes, read, text},
@@ -36,6 +42,27 @@ pub(super) fn a_host_like_this_is_accepted(_size: Size) -> Result<Finding> {
         output.stderr
     );
     Ok(Finding::new(true, format!("{lines} lines, exit code 0")))
+}
+
+/// The top of the hierarchy is closed to processes without `CAP_DAC_OVERRIDE`, also to those of root.
+pub(super) fn the_agent_makes_its_own_cgroup(_size: Size) -> Result<Finding> {
+    let mut mesh = Mesh::new("own-cgroup")?;
+    let above = mesh.lab.a.cgroup().child("closed")?;
+    fs::set_permissions(above.directory(), Permissions::from_mode(0o555))?;
+    let own = format!("{}/agent", above.path());
+    mesh.lab
+        .a
+        .add_setting(&format!("[agent]\ncgroup = \"{own}\""));
+    mesh.start()?;
+    let status = mesh.lab.a.status()?;
+    let process = status.get("process").and_then(Value::as_u64);
+    let process = process.context("no process id")?;
+    let membership = fs::read_to_string(format!("/proc/{process}/cgroup"))?;
+    let is_in = |line: &str| line.starts_with("0::") && line.ends_with(&own);
+    Ok(Finding::new(
+        membership.lines().any(is_in),
+        format!("process {process} is in {}", membership.trim()),
+    ))
 }
 
 pub(super) fn load_follows_health(size: Size) -> Result<Finding> {

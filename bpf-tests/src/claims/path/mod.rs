@@ -26,6 +26,7 @@ pub const TOPIC: Topic = Topic {
     ],
     claims: claims! {
         life::a_host_like_this_is_accepted: "`sidestep check` accepts a host that can run it";
+        life::the_agent_makes_its_own_cgroup: "the agent makes and enters its own cgroup where only root may";
         clients::curl_reaches_nginx: "curl gets pages and files from nginx through a virtual address";
         clients::psql_reaches_postgresql: "psql logs in to PostgreSQL with a password and gets large results";
         clients::redis_cli_pipelines: "redis-cli pipelines commands into Redis";
