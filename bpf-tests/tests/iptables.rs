@@ -60,6 +60,7 @@ test_claims_by! {
 
     IptablesNft, path_nft: path::TOPIC:
     a_host_like_this_is_accepted
+    the_agent_makes_its_own_cgroup
     curl_reaches_nginx
     psql_reaches_postgresql
     redis_cli_pipelines
