@@ -11,7 +11,7 @@ use crate::{
     envoy::{Denied, Envoy, Identity, Upstream},
     mesh::local,
     services,
-    wait::{SOON, Stopwatch},
+    wait::{SOON, Stopwatch, wait_for_value},
     workload::Workload,
 };
 
@@ -72,6 +72,14 @@ pub(super) fn a_built_in_proxy_calls_us(size: Size) -> Result<Finding> {
     let shop = json!({ "ID": "shop", "Name": "shop", "Port": 7_001, "Connect": upstreams });
     mesh.api().register(&shop)?;
     let proxy = BuiltInProxy::start(&mesh.lab.a, mesh.api(), "shop", &[local(TO_DB)])?;
+    // It listens before Consul has told it all that it needs, and drops who comes then.
+    wait_for_value("the proxy's first call", SOON, || {
+        let report = mesh
+            .shop
+            .ask_peer(&format!("read {}", local(TO_DB)), SOON)?;
+        let bytes = report.get("bytes").and_then(Value::as_u64);
+        Ok(bytes.filter(|bytes| *bytes > 0))
+    })?;
     finding(size, &mesh.shop, local(TO_DB), &proxy.said())
 }
 
