@@ -13,6 +13,8 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::host::{Wanted, apt_install};
+
 /// The release of bpf-linker that is known to work with the LLVM majors below.
 const LINKER_VERSION: &str = "0.13.0";
 
@@ -68,7 +70,7 @@ fn toolchain(install: bool, progress: &mut dyn FnMut(&str)) -> Result<Toolchain>
         bail!("no rustc here can build the eBPF programs: {advice}");
     }
     progress("installing Debian's rustc-web, cargo-web and rust-web-src");
-    crate::host::apt_install(&["rustc-web", "cargo-web", "rust-web-src"])?;
+    apt_install(&["rustc-web", "cargo-web", "rust-web-src"], Wanted::Newest)?;
     candidates().into_iter().find_map(usable).with_context(|| {
         format!("Debian's rustc-web cannot build the eBPF programs either: {advice}")
     })
@@ -128,7 +130,7 @@ fn linker(
             bail!("bpf-linker is built with Debian's {package}, which is missing: install it");
         }
         progress(&format!("installing Debian's {package}"));
-        crate::host::apt_install(&[&package])?;
+        apt_install(&[&package], Wanted::Any)?;
     }
     progress("building bpf-linker");
     let mut cargo = Command::new("cargo");

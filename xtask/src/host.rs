@@ -133,11 +133,19 @@ fn install(wanted: &[&'static str]) -> Result<()> {
     }
 }
 
+/// Which version of a package does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    Any,
+    /// The newest there is: lists of packages that are months old may offer one that is.
+    Newest,
+}
+
 /// Installs Debian packages by name.
 ///
 /// # Errors
 /// If there is no apt-get, or it fails.
-pub(crate) fn apt_install(packages: &[&str]) -> Result<()> {
+pub(crate) fn apt_install(packages: &[&str], wanted: Wanted) -> Result<()> {
     if programs::find("apt-get").is_none() {
         bail!(
             "no apt-get here; install with the means of this system: {}",
@@ -147,7 +155,7 @@ pub(crate) fn apt_install(packages: &[&str]) -> Result<()> {
     let step = Step::begin(format!("installing {}", packages.join(", ")));
     let _lock = lock()?;
     let _quiet = ServicesStayOff::begin()?;
-    if apt_get(&step, "install", packages).is_err() {
+    if wanted == Wanted::Newest || apt_get(&step, "install", packages).is_err() {
         apt_get(&step, "update", &[])?;
         apt_get(&step, "install", packages)?;
     }
