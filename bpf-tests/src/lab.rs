@@ -25,7 +25,7 @@ pub const DEVICE: &str = "mesh0";
 pub const TRUST_DOMAIN: &str = "5ca1ab1e-0000-4000-8000-000000000001.consul";
 
 /// How long a change of the catalog may take to be in force on a busy machine.
-const APPLIED: Duration = Duration::from_secs(60);
+const APPLIED: Duration = Duration::from_secs(20);
 
 /// Two nodes, `a` and `b`, in namespaces of their own; neither runs an agent yet.
 #[derive(Debug)]

@@ -12,9 +12,8 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-/// A program on this machine that is started, answers or ends. Generous: busy machines are no failures, and Consul tries
-/// again after up to 30 seconds.
-pub const SOON: Duration = Duration::from_secs(60);
+/// A program on this machine that is started, answers or ends. Generous: busy machines are no failures.
+pub const SOON: Duration = Duration::from_secs(20);
 
 /// How often a condition is looked at.
 const PERIOD: Duration = Duration::from_millis(10);

@@ -10,7 +10,8 @@ use std::{path::PathBuf, time::Duration};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use crate::{node::Node, program::Program, wait::SOON};
+use super::SOON;
+use crate::{node::Node, program::Program};
 
 /// The API of one agent, as the owner of one token.
 #[derive(Debug, Clone)]

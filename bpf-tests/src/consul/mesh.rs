@@ -10,13 +10,13 @@ use std::{
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 
-use super::{Api, Consul, HTTP, HTTPS};
+use super::{Api, Consul, HTTP, HTTPS, SOON};
 use crate::{
     lab::Lab,
     mesh::local,
     node::Node,
     services::{self, Service},
-    wait::{SOON, wait_for_value},
+    wait::wait_for_value,
     workload::{Kind, Workload},
 };
 

@@ -24,6 +24,7 @@ mod proxy;
 use std::{
     net::{IpAddr, Ipv4Addr},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
@@ -42,8 +43,11 @@ use crate::{
     lab::{DEVICE, Lab},
     node::Node,
     program::Program,
-    wait::{SOON, wait_for_value},
+    wait::wait_for_value,
 };
+
+/// What waits for Consul or for its answers: it tries again after up to 30 seconds.
+pub const SOON: Duration = Duration::from_mins(1);
 
 /// Where each node's agent serves its API in [`Consul::dev`].
 pub const HTTP: &str = "http://127.0.0.1:8500";

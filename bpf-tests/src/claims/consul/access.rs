@@ -5,11 +5,11 @@ use serde_json::{Value, json};
 
 use crate::{
     claims::{Finding, Size},
-    consul::{ConsulMesh, HTTPS, narrow_policy},
+    consul::{ConsulMesh, HTTPS, SOON, narrow_policy},
     mesh::local,
     node::Node,
     services,
-    wait::{SOON, wait_for_value},
+    wait::wait_for_value,
 };
 
 /// A cluster with `web` on node b, which answers with its name.

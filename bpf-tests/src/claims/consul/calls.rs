@@ -7,10 +7,9 @@ use serde_json::Value;
 
 use crate::{
     claims::{Finding, Size},
-    consul::ConsulMesh,
+    consul::{ConsulMesh, SOON},
     mesh::local,
     services,
-    wait::SOON,
     workload::Workload,
 };
 

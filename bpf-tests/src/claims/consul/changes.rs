@@ -12,10 +12,10 @@ use serde_json::{Value, json};
 use super::intentions::live;
 use crate::{
     claims::{Finding, Size},
-    consul::{Api, BuiltInProxy, ConsulMesh, sidecar_for},
+    consul::{Api, BuiltInProxy, ConsulMesh, SOON, sidecar_for},
     mesh::local,
     services,
-    wait::{SOON, Stopwatch, monotonic_ms, wait_for_value},
+    wait::{Stopwatch, monotonic_ms, wait_for_value},
 };
 
 /// How soon new connections follow Consul's answer.

@@ -8,11 +8,11 @@ use serde_json::{Value, json};
 use super::{changes::switch, intentions::allows, outage::until_followed, roots::certificates};
 use crate::{
     claims::{Finding, Size, storm::Storm},
-    consul::{Canned, ConsulMesh, Fault, Faults, Rule},
+    consul::{Canned, ConsulMesh, Fault, Faults, Rule, SOON},
     mesh::local,
     node::Node,
     services,
-    wait::{SOON, Stopwatch, monotonic_ms, pause, wait_for_value},
+    wait::{Stopwatch, monotonic_ms, pause, wait_for_value},
 };
 
 /// All of Consul's API.

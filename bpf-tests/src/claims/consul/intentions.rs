@@ -6,14 +6,14 @@ use anyhow::{Context as _, Result};
 
 use crate::{
     claims::{Finding, Size},
-    consul::ConsulMesh,
+    consul::{ConsulMesh, SOON},
     envoy::Identity,
     mesh::local,
     node::Node,
     program::Running,
     programs, services,
     tls_client::TlsClient,
-    wait::{SOON, Stopwatch, wait_for, wait_for_value},
+    wait::{Stopwatch, wait_for, wait_for_value},
     workload::Workload,
 };
 

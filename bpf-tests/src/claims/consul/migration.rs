@@ -6,11 +6,11 @@ use serde_json::{Value, json};
 
 use crate::{
     claims::{Finding, Size},
-    consul::{BuiltInProxy, ConsulMesh, sidecar_for},
+    consul::{BuiltInProxy, ConsulMesh, SOON, sidecar_for},
     mesh::local,
     node::Node,
     services,
-    wait::{SOON, Stopwatch, wait_for_value},
+    wait::{Stopwatch, wait_for_value},
     workload::Workload,
 };
 

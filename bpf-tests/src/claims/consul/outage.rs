@@ -8,11 +8,11 @@ use serde_json::Value;
 use super::intentions::allows;
 use crate::{
     claims::{Finding, Size, storm::Storm},
-    consul::{ConsulMesh, policy},
+    consul::{ConsulMesh, SOON, policy},
     mesh::local,
     node::Node,
     services,
-    wait::{SOON, Stopwatch, wait_for_value},
+    wait::{Stopwatch, wait_for_value},
 };
 
 /// How soon a change is to be in force once Consul is well again: longer than any back-off.

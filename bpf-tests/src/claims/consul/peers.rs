@@ -7,11 +7,11 @@ use serde_json::{Value, json};
 
 use crate::{
     claims::{Finding, Size},
-    consul::{BuiltInProxy, ConsulMesh, sidecar_for},
+    consul::{BuiltInProxy, ConsulMesh, SOON, sidecar_for},
     envoy::{Denied, Envoy, Identity, Upstream},
     mesh::local,
     services,
-    wait::{SOON, Stopwatch, wait_for_value},
+    wait::{Stopwatch, wait_for_value},
     workload::Workload,
 };
 

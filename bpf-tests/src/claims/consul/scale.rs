@@ -13,11 +13,11 @@ use serde_json::{Value, json};
 use super::changes;
 use crate::{
     claims::{Finding, Size},
-    consul::{Api, ConsulMesh},
+    consul::{Api, ConsulMesh, SOON},
     mesh::local,
     node::Node,
     services,
-    wait::{SOON, Stopwatch, pause, wait_for_value},
+    wait::{Stopwatch, pause, wait_for_value},
 };
 
 /// Instances of each service, on nodes that have no agent.

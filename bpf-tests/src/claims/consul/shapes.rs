@@ -7,12 +7,12 @@ use serde_json::{Value, json};
 
 use crate::{
     claims::{Finding, Size},
-    consul::ConsulMesh,
+    consul::{ConsulMesh, SOON},
     envoy::Identity,
     mesh::local,
     services,
     tls_client::TlsClient,
-    wait::{SOON, wait_for_value},
+    wait::wait_for_value,
 };
 
 /// What the server says first.

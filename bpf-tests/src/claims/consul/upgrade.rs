@@ -12,10 +12,10 @@ use serde_json::Value;
 use super::{outage::until_followed, roots::certificates};
 use crate::{
     claims::{Finding, Size, dependable::replaced::upgrade, storm::Storm},
-    consul::{Api, ConsulMesh},
+    consul::{Api, ConsulMesh, SOON},
     mesh::local,
     services,
-    wait::{SOON, pause, wait_for_value},
+    wait::{pause, wait_for_value},
 };
 
 /// How the agent registers the proxy of `names`.

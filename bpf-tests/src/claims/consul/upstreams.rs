@@ -9,11 +9,11 @@ use serde_json::{Value, json};
 use super::intentions::allows;
 use crate::{
     claims::{Finding, Size},
-    consul::{ConsulMesh, NewerConsul, sidecar_for},
+    consul::{ConsulMesh, NewerConsul, SOON, sidecar_for},
     mesh::local,
     program::Program,
     services,
-    wait::{SOON, Stopwatch, wait_for_value},
+    wait::{Stopwatch, wait_for_value},
     workload::Workload,
 };
 
