@@ -234,7 +234,7 @@ mod tests {
     async fn a_connection_goes_on_at_the_worker_that_it_is_handed_to() {
         let metrics = Arc::new(Metrics::new(SeriesLimits::default(), "0"));
         let telemetry = Telemetry::new(metrics, Arc::new(AccessLog::off()));
-        let (workers, _threads) = Workers::start(2).unwrap();
+        let (workers, _threads) = Workers::start(2, Handle::current()).unwrap();
         let shutdown = Shutdown::with(workers.clone());
         let listener = net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         listener.set_nonblocking(true).unwrap();
@@ -242,7 +242,7 @@ mod tests {
         let acceptor = Acceptor::new(listener, workers.in_turn()).unwrap();
         let (carried, mut carriers) = mpsc::unbounded_channel();
         let runtime = acceptor.runtime().clone();
-        let (telemetry, inner) = (telemetry.clone(), shutdown.clone());
+        let inner = shutdown.clone();
         shutdown.spawn_on(&runtime, "listener", async move {
             let handle = |accepted: Accepted<net::TcpListener>| {
                 let (carried, telemetry) = (carried.clone(), telemetry.clone());

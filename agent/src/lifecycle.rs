@@ -72,17 +72,15 @@ impl Shutdown {
     }
 
     /// Starts a task that goes on while others drain, at most until [`Self::stopped`]; draining does not wait for it.
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "beside `spawn` the one place that spawns"
-    )]
+    /// It runs beside the workers, also if a connection was the first to need it.
     pub fn spawn_service(
         &self,
         name: &'static str,
         task: impl Future<Output = ()> + Send + 'static,
     ) {
         let span = tracing::debug_span!("service", name);
-        tokio::spawn(self.services.track_future(task.instrument(span)));
+        let task = self.services.track_future(task.instrument(span));
+        drop(self.workers.beside().spawn(task));
     }
 
     /// Ends what serves operators before all else, for an agent that another one has replaced: they ask that one.
@@ -145,7 +143,7 @@ pub fn aside<T>(work: impl FnOnce() -> T) -> T {
     let runtime = Handle::try_current().map(|handle| handle.runtime_flavor());
     match runtime {
         Ok(RuntimeFlavor::MultiThread) => block_in_place(work),
-        // That of a test, which has no other thread.
+        // A worker, whose one thread is all it has, or a test.
         _ => work(),
     }
 }
@@ -153,6 +151,7 @@ pub fn aside<T>(work: impl FnOnce() -> T) -> T {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::workers::WorkerId;
 
     #[tokio::test(start_paused = true)]
     async fn tasks_that_end_in_time_are_not_cut() {
@@ -178,6 +177,21 @@ mod tests {
         shutdown.spawn("other", async move { begun.send(()) });
         let both = tokio::time::timeout(Duration::from_secs(20), long);
         assert_eq!(both.await.unwrap().unwrap(), Ok(()));
+    }
+
+    #[test]
+    fn what_a_connection_needs_served_runs_beside_the_workers() {
+        let beside = tokio::runtime::Runtime::new().unwrap();
+        let (workers, _threads) = Workers::start(1, beside.handle().clone()).unwrap();
+        let worker = workers.in_turn();
+        let shutdown = Shutdown::with(workers);
+        let (found, place) = std::sync::mpsc::channel();
+        drop(worker.spawn(async move {
+            let note = async move { found.send(WorkerId::here()).unwrap_or_default() };
+            shutdown.spawn_service("service", note);
+        }));
+        let place = place.recv_timeout(Duration::from_secs(20));
+        assert_eq!(place, Ok(None));
     }
 
     #[tokio::test]

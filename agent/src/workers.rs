@@ -41,6 +41,7 @@ impl WorkerId {
 pub struct Workers {
     all: Arc<[Worker]>,
     turn: Arc<AtomicUsize>,
+    beside: Option<Handle>,
 }
 
 #[derive(Debug)]
@@ -58,11 +59,11 @@ pub struct WorkerThreads {
 }
 
 impl Workers {
-    /// Starts `count` of them.
+    /// Starts `count` of them, beside the runtime of what is no connection.
     ///
     /// # Errors
     /// If a thread or its epoll instance cannot be had.
-    pub fn start(count: usize) -> io::Result<(Self, WorkerThreads)> {
+    pub fn start(count: usize, beside: Handle) -> io::Result<(Self, WorkerThreads)> {
         let mut started = WorkerThreads {
             stopped: CancellationToken::new(),
             threads: Vec::new(),
@@ -89,6 +90,7 @@ impl Workers {
         let workers = Self {
             all: all.into(),
             turn: Arc::default(),
+            beside: Some(beside),
         };
         Ok((workers, started))
     }
@@ -96,6 +98,11 @@ impl Workers {
     /// How many there are.
     pub fn count(&self) -> usize {
         self.all.len()
+    }
+
+    /// Where to run what is no connection, also if one began it.
+    pub fn beside(&self) -> Handle {
+        self.beside.clone().unwrap_or_else(Handle::current)
     }
 
     /// One after the other: for listeners, and for what carries many connections.
@@ -140,6 +147,8 @@ impl Drop for WorkerThreads {
 mod tests {
     use std::{sync::mpsc, time::Duration};
 
+    use tokio::runtime::Runtime;
+
     use super::*;
 
     #[test]
@@ -160,9 +169,15 @@ mod tests {
         assert_eq!(least_busy(std::iter::empty(), None), None);
     }
 
+    /// The runtime beside the workers.
+    fn beside() -> Runtime {
+        Builder::new_current_thread().build().unwrap()
+    }
+
     #[test]
     fn there_are_as_many_as_asked_for_and_they_end() {
-        let (workers, threads) = Workers::start(3).unwrap();
+        let beside = beside();
+        let (workers, threads) = Workers::start(3, beside.handle().clone()).unwrap();
         let (found, seen) = mpsc::channel();
         for _ in 0..6 {
             let found = found.clone();
@@ -187,7 +202,8 @@ mod tests {
 
     #[test]
     fn connections_are_spread_for_as_long_as_they_are_carried() {
-        let (workers, _threads) = Workers::start(2).unwrap();
+        let beside = beside();
+        let (workers, _threads) = Workers::start(2, beside.handle().clone()).unwrap();
         let carried = || workers.all.iter().map(|worker| worker.carried.len());
         let place = || {
             workers
@@ -205,7 +221,12 @@ mod tests {
     async fn without_workers_connections_are_carried_on_the_runtime_of_the_caller() {
         let workers = Workers::default();
         let (next, (least, _)) = (workers.in_turn(), workers.least_busy());
+        let beside = workers.beside();
         assert_eq!(next.spawn(async { WorkerId::here() }).await.unwrap(), None);
         assert_eq!(least.spawn(async { WorkerId::here() }).await.unwrap(), None);
+        assert_eq!(
+            beside.spawn(async { WorkerId::here() }).await.unwrap(),
+            None
+        );
     }
 }

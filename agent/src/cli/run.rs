@@ -76,7 +76,7 @@ fn start(workers: usize) -> io::Result<(Runtime, Workers, WorkerThreads)> {
         .worker_threads(workers)
         .thread_name("sidestep")
         .build()?;
-    let (workers, threads) = Workers::start(workers)?;
+    let (workers, threads) = Workers::start(workers, runtime.handle().clone())?;
     Ok((runtime, workers, threads))
 }
 

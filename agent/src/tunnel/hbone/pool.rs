@@ -1,8 +1,9 @@
 //! Open connections to other nodes, shared by the streams of one service to another.
 //!
 //! A connection is authenticated as one workload and accepts one peer, so it is shared only by calls with the same
-//! of both. Each is driven by the worker that opened it, which uses it first. [`super::load`] decides how many there are; the task of each takes it out of the pool when nobody has
-//! used it for a while, when a certificate changed, or when it is closed.
+//! of both. Each is driven by the worker that opened it, which uses it first. [`super::load`] decides how many there
+//! are; the task of each takes it out of the pool when nobody has used it for a while, when a certificate changed, or
+//! when it is closed.
 
 use std::{
     collections::HashMap,

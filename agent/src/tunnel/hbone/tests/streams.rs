@@ -76,7 +76,7 @@ async fn a_thousand_streams_are_open_at_once() {
 #[tokio::test]
 async fn each_worker_gets_a_connection_of_its_own() {
     let pair = Arc::new(Pair::new(4).await);
-    let (workers, _threads) = Workers::start(2).unwrap();
+    let (workers, _threads) = Workers::start(2, tokio::runtime::Handle::current()).unwrap();
     let open_five = || {
         let pair = Arc::clone(&pair);
         workers.in_turn().spawn(async move {
