@@ -12,7 +12,6 @@ use rustls::{
 use rustls_pki_types::ServerName;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{net::TcpStream, time::Instant};
-use tokio_rustls::{Accept, Connect, StartHandshake, TlsConnector};
 
 use super::{TunnelStream, session::Session, tls};
 use crate::{
@@ -151,12 +150,10 @@ impl Dialled {
         tls: &WorkloadTls,
         limit: Duration,
     ) -> Result<TunnelStream, TunnelError> {
-        let Self { stream, address } = self;
+        let address = self.address;
         let config = tls.client_config(expected, address);
-        let session = Session::calling(config, server_name(sni)?).map_err(TunnelError::verdict)?;
-        let handshake = TunnelStream::handshake(session, stream, vec![]);
-        let stream = match tokio::time::timeout(limit, handshake).await {
-            Ok(done) => done.map_err(TunnelError::handshake)?,
+        let stream = match tokio::time::timeout(limit, self.secure(sni, config)).await {
+            Ok(done) => done?,
             Err(_) => return Err(TunnelError::HandshakeTimeout),
         };
         if let Err(error) = tls.check_resumed(stream.session(), Some(expected)) {
@@ -166,13 +163,15 @@ impl Dialled {
         Ok(stream)
     }
 
-    /// The TLS handshake of a connection that tunnels share, alone; the caller sets the deadline.
-    pub(super) fn connect(
+    /// The TLS handshake alone; the caller sets the deadline.
+    pub(super) async fn secure(
         self,
         sni: String,
         config: Arc<ClientConfig>,
-    ) -> Result<Connect<TcpStream>, TunnelError> {
-        Ok(TlsConnector::from(config).connect(server_name(sni)?, self.stream))
+    ) -> Result<TunnelStream, TunnelError> {
+        let session = Session::calling(config, server_name(sni)?).map_err(TunnelError::verdict)?;
+        let stream = TunnelStream::handshake(session, self.stream, vec![]).await;
+        stream.map_err(TunnelError::handshake)
     }
 }
 
@@ -283,23 +282,26 @@ impl Incoming {
         tls: &WorkloadTls,
         deadline: Instant,
     ) -> Result<(TunnelStream, SpiffeId), TunnelError> {
-        let Self { stream, bytes, .. } = self;
-        let config = Arc::clone(tls.server_config());
-        let session = Session::called(config).map_err(TunnelError::verdict)?;
-        let handshake = TunnelStream::handshake(session, stream, bytes);
-        let stream = match tokio::time::timeout_at(deadline, handshake).await {
-            Ok(done) => done.map_err(TunnelError::handshake)?,
-            Err(_) => return Err(TunnelError::HandshakeTimeout),
-        };
+        let stream = self.secure(tls.server_config(), deadline).await?;
         tls.check_resumed(stream.session(), None)
             .map_err(TunnelError::verdict)?;
         let peer = tls::peer_identity(stream.session())?;
         Ok((stream, peer))
     }
 
-    /// The rest of the TLS handshake of a connection that tunnels share, alone; the caller sets the deadline.
-    pub(super) fn accept(self, config: Arc<ServerConfig>) -> Accept<TcpStream> {
-        StartHandshake::from_parts(*self.hello, self.stream).into_stream(config)
+    /// The rest of the TLS handshake alone.
+    pub(super) async fn secure(
+        self,
+        config: &Arc<ServerConfig>,
+        deadline: Instant,
+    ) -> Result<TunnelStream, TunnelError> {
+        let Self { stream, bytes, .. } = self;
+        let session = Session::called(Arc::clone(config)).map_err(TunnelError::verdict)?;
+        let handshake = TunnelStream::handshake(session, stream, bytes);
+        match tokio::time::timeout_at(deadline, handshake).await {
+            Ok(done) => done.map_err(TunnelError::handshake),
+            Err(_) => Err(TunnelError::HandshakeTimeout),
+        }
     }
 }
 

@@ -6,7 +6,8 @@
 
 use std::{
     cell::RefCell,
-    fmt, io,
+    fmt,
+    io::{self, IoSlice},
     pin::Pin,
     task::{Context, Poll, ready},
 };
@@ -18,17 +19,23 @@ use tokio::{
     net::TcpStream,
 };
 
-use super::session::{Received, Session};
+use super::session::{Received, SealError, Session};
 use crate::relay::Endpoint;
 
 /// The longest record on the wire. Source: RFC 5246, section 6.2.3; those of TLS 1.3 are shorter.
 const RECORD: usize = 5 + (16 << 10) + 2048;
 
-/// What is sealed at a time: four records.
-const SEALED_AT_ONCE: usize = 64 << 10;
+/// The most that is sealed into one record. Source: RFC 8446, section 5.1.
+const FRAGMENT: usize = 16 << 10;
 
-/// Room for that, and for the longest message of a handshake that rustls takes (64 KiB) in records.
-const ROOM: usize = SEALED_AT_ONCE + RECORD;
+/// What is sealed at a time: four records.
+const SEALED_AT_ONCE: usize = 4 * FRAGMENT;
+
+/// What may come before that: the head of an HTTP/2 frame, after other frames.
+const HEAD: usize = 1 << 10;
+
+/// Room for both, and for the longest message of a handshake that rustls takes (64 KiB) in records.
+const ROOM: usize = HEAD + SEALED_AT_ONCE + RECORD;
 
 thread_local! {
     static WIRE: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
@@ -228,24 +235,76 @@ impl TunnelStream {
     /// Seals `plain` and sends of it what the socket takes; the rest is kept. Nothing may be kept before.
     fn seal_and_send(&mut self, cx: &mut Context<'_>, plain: &[u8]) -> io::Result<()> {
         with_wire(|wire| {
-            let tls = &mut *self.tls;
-            let sealed = tls.session.seal(&mut tls.unread, plain, wire);
-            let sealed =
-                sealed.map_err(|error| io::Error::new(io::ErrorKind::BrokenPipe, error))?;
-            let mut rest = wire.get(..sealed).unwrap_or_default();
-            while !rest.is_empty() {
-                let sent = match Pin::new(&mut self.tcp).poll_write(cx, rest)? {
-                    Poll::Ready(0) => return Err(io::ErrorKind::WriteZero.into()),
-                    Poll::Ready(sent) => sent,
-                    Poll::Pending => {
-                        self.tls.outgoing.bytes.extend_from_slice(rest);
-                        break;
-                    }
-                };
-                rest = rest.get(sent..).unwrap_or_default();
-            }
-            Ok(())
+            let sealed = self.tls.seal(plain, wire)?;
+            self.send_or_keep(cx, wire.get(..sealed).unwrap_or_default())
         })
+    }
+
+    /// The same for `pieces` that lie apart, as far as there is room; returns how many of their bytes.
+    fn seal_and_send_pieces(
+        &mut self,
+        cx: &mut Context<'_>,
+        pieces: &[IoSlice<'_>],
+    ) -> io::Result<usize> {
+        with_wire(|wire| {
+            let mut taken = 0;
+            let mut sealed = 0;
+            for piece in pieces {
+                let records = wire.get_mut(sealed..).unwrap_or_default();
+                // What records need beside their bytes, and a change of keys, fit into the room of one.
+                let most = piece.len().min(records.len().saturating_sub(RECORD));
+                let piece = piece.get(..most).unwrap_or_default();
+                if !piece.is_empty() {
+                    sealed += self.tls.seal(piece, records)?;
+                    taken += piece.len();
+                }
+            }
+            self.send_or_keep(cx, wire.get(..sealed).unwrap_or_default())?;
+            Ok(taken)
+        })
+    }
+
+    /// The same for `pieces` that make one record.
+    fn seal_and_send_together(
+        &mut self,
+        cx: &mut Context<'_>,
+        pieces: &[IoSlice<'_>],
+    ) -> io::Result<usize> {
+        with_wire(|wire| {
+            let (records, together) = wire.split_at_mut(ROOM - FRAGMENT);
+            let mut into = ReadBuf::new(together);
+            for piece in pieces {
+                into.put_slice(piece);
+            }
+            let sealed = self.tls.seal(into.filled(), records)?;
+            self.send_or_keep(cx, records.get(..sealed).unwrap_or_default())?;
+            Ok(into.filled().len())
+        })
+    }
+
+    /// Sends of `records` what the socket takes, and keeps the rest.
+    fn send_or_keep(&mut self, cx: &mut Context<'_>, mut records: &[u8]) -> io::Result<()> {
+        while !records.is_empty() {
+            let sent = match Pin::new(&mut self.tcp).poll_write(cx, records)? {
+                Poll::Ready(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Poll::Ready(sent) => sent,
+                Poll::Pending => {
+                    self.tls.outgoing.bytes.extend_from_slice(records);
+                    break;
+                }
+            };
+            records = records.get(sent..).unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    /// Sends what was kept; an error if the session takes nothing more.
+    fn poll_ready_to_seal(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_send(cx))?;
+        match &self.tls.end {
+            Some(End::Failed(error)) => Poll::Ready(Err(invalid(error))),
+            Some(End::InOrder | End::CutShort) | None => Poll::Ready(Ok(())),
+        }
     }
 
     /// Seals the end of the stream, once, unless the session has failed: then its alert was the end.
@@ -255,13 +314,24 @@ impl TunnelStream {
             // A record with an alert, and perhaps one before it with other keys.
             let mut records = [0; 256];
             let sealed = tls.session.seal_end(&mut tls.unread, &mut records);
-            let sealed =
-                sealed.map_err(|error| io::Error::new(io::ErrorKind::BrokenPipe, error))?;
+            let sealed = sealed.map_err(not_sealed)?;
             let records = records.get(..sealed).unwrap_or_default();
             tls.outgoing.bytes.extend_from_slice(records);
         }
         Ok(())
     }
+}
+
+impl Tls {
+    /// Seals `plain` into the start of `records`; returns their length.
+    fn seal(&mut self, plain: &[u8], records: &mut [u8]) -> io::Result<usize> {
+        let sealed = self.session.seal(&mut self.unread, plain, records);
+        sealed.map_err(not_sealed)
+    }
+}
+
+fn not_sealed(error: SealError) -> io::Error {
+    io::Error::new(io::ErrorKind::BrokenPipe, error)
 }
 
 fn invalid(error: &rustls::Error) -> io::Error {
@@ -306,7 +376,8 @@ impl AsyncRead for TunnelStream {
                 Some(End::InOrder) => break,
                 Some(End::Failed(error)) => return Poll::Ready(Err(invalid(error))),
                 Some(End::CutShort) => {
-                    let error = "the peer closed the connection without close_notify";
+                    let error = "the tunnel ended without a word (no close_notify): its other end was killed, or \
+                                 somebody cut it";
                     let error = io::Error::new(io::ErrorKind::UnexpectedEof, error);
                     return Poll::Ready(Err(error));
                 }
@@ -322,10 +393,7 @@ impl AsyncWrite for TunnelStream {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        ready!(self.poll_send(cx))?;
-        if let Some(End::Failed(error)) = &self.tls.end {
-            return Poll::Ready(Err(invalid(error)));
-        }
+        ready!(self.poll_ready_to_seal(cx))?;
         let mut written = 0;
         for part in bytes.chunks(SEALED_AT_ONCE) {
             self.seal_and_send(cx, part)?;
@@ -335,6 +403,24 @@ impl AsyncWrite for TunnelStream {
             }
         }
         Poll::Ready(Ok(written))
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        pieces: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        ready!(self.poll_ready_to_seal(cx))?;
+        let all: usize = pieces.iter().map(|piece| piece.len()).sum();
+        Poll::Ready(if all <= FRAGMENT {
+            self.seal_and_send_together(cx, pieces)
+        } else {
+            self.seal_and_send_pieces(cx, pieces)
+        })
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

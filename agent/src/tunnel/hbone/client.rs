@@ -11,8 +11,7 @@ use std::{
 use bytes::Bytes;
 use h2::client::{Builder, Connection, SendRequest};
 use hyper::http::{Method, Request, StatusCode, Uri, uri::Authority};
-use tokio::{net::TcpStream, time::timeout};
-use tokio_rustls::client::TlsStream;
+use tokio::time::timeout;
 
 use super::{
     connection::{self, Replaced, Trust},
@@ -22,7 +21,10 @@ use super::{
 use crate::{
     identity::{certificates::Certificates, spiffe::SpiffeId, workload_tls::WorkloadTls},
     lifecycle::Shutdown,
-    tunnel::connect::{self, TunnelError},
+    tunnel::{
+        TunnelStream,
+        connect::{self, TunnelError},
+    },
 };
 
 /// Whom to open a connection to, and for how long to try.
@@ -51,11 +53,8 @@ pub(super) async fn open(
     let dialled = connect::dial(target.address, target.connect_timeout).await?;
     let handshake = async {
         let config = tls.hbone_client_config(&target.expected);
-        let stream = dialled
-            .connect(target.server_name.clone(), config)?
-            .await
-            .map_err(TunnelError::handshake)?;
-        let session = stream.get_ref().1;
+        let stream = dialled.secure(target.server_name.clone(), config).await?;
+        let session = stream.session();
         if session.alpn_protocol() != Some(b"h2") {
             return Err(TunnelError::NotHttp2);
         }
@@ -96,7 +95,7 @@ pub(super) async fn open(
 
 /// Moves the bytes of one connection.
 pub(super) struct Driver {
-    connection: Connection<TlsStream<TcpStream>>,
+    connection: Connection<TunnelStream>,
     abandoned: Abandoned,
     trust: Trust,
 }
@@ -145,7 +144,7 @@ impl Driver {
 
 /// Moves bytes until the connection is closed. Cancel-safe.
 async fn moving(
-    connection: &mut Connection<TlsStream<TcpStream>>,
+    connection: &mut Connection<TunnelStream>,
     abandoned: &mut Abandoned,
 ) -> Result<(), h2::Error> {
     std::future::poll_fn(|cx| {

@@ -11,8 +11,7 @@ use h2::{
     server::{Builder, Connection, SendResponse},
 };
 use hyper::http::{Method, Request, Response, StatusCode, uri::Authority};
-use tokio::{net::TcpStream, time::Instant};
-use tokio_rustls::server::TlsStream;
+use tokio::time::Instant;
 
 use super::{
     connection::{self, Replaced, Trust},
@@ -23,6 +22,7 @@ use crate::{
     identity::{certificates::Certificates, spiffe::SpiffeId, workload_tls::WorkloadTls},
     lifecycle::Shutdown,
     tunnel::{
+        TunnelStream,
         connect::{Incoming, TunnelError},
         tls,
     },
@@ -32,7 +32,7 @@ use crate::{
 pub struct Accepted {
     /// Who calls on every stream.
     pub peer: SpiffeId,
-    connection: Connection<TlsStream<TcpStream>, Bytes>,
+    connection: Connection<TunnelStream, Bytes>,
     trust: Trust,
 }
 
@@ -55,12 +55,9 @@ impl Accepted {
         certificates: &Certificates,
         deadline: Instant,
     ) -> Result<Self, TunnelError> {
-        let accept = incoming.accept(Arc::clone(tls.hbone_server_config()));
-        let stream = tokio::time::timeout_at(deadline, accept)
-            .await
-            .map_err(|_elapsed| TunnelError::HandshakeTimeout)?
-            .map_err(TunnelError::handshake)?;
-        let session = stream.get_ref().1;
+        let config = tls.hbone_server_config();
+        let stream = incoming.secure(config, deadline).await?;
+        let session = stream.session();
         let peer = tls::peer_identity(session)?;
         let trust = Trust {
             certificates: certificates.clone(),
@@ -144,10 +141,7 @@ impl Accepted {
 type Next = Option<Result<(Request<RecvStream>, SendResponse<Bytes>), h2::Error>>;
 
 /// The next stream; moves the bytes of all others meanwhile. Cancel-safe.
-async fn next(
-    connection: &mut Connection<TlsStream<TcpStream>, Bytes>,
-    abandoned: &mut Abandoned,
-) -> Next {
+async fn next(connection: &mut Connection<TunnelStream, Bytes>, abandoned: &mut Abandoned) -> Next {
     std::future::poll_fn(|cx| {
         loop {
             if let Poll::Ready(next) = connection.poll_accept(cx) {

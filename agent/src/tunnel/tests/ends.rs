@@ -1,8 +1,8 @@
 //! How a tunnel ends: each direction on its own, cut short, or reset.
 
-use std::io::ErrorKind;
+use std::io::{ErrorKind, IoSlice};
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio_rustls::TlsConnector;
 
 use super::*;
@@ -77,6 +77,52 @@ async fn bytes_arrive_in_order_however_they_are_cut() {
     }
 }
 
+/// The start of `bytes`, cut into so many of these lengths as there are bytes for.
+fn pieces<'a>(bytes: &'a [u8], lengths: &[usize]) -> Vec<IoSlice<'a>> {
+    let mut rest = bytes;
+    let cut = lengths.iter().map(|length| {
+        let (piece, after) = rest.split_at(*length.min(&rest.len()));
+        rest = after;
+        IoSlice::new(piece)
+    });
+    cut.collect()
+}
+
+#[tokio::test]
+async fn bytes_that_lie_apart_arrive_in_order() {
+    let bytes: Vec<u8> = (0..300_000_u32)
+        .map(|n| n.to_le_bytes()[0] ^ n.to_le_bytes()[1])
+        .collect();
+    // A head and a frame as HTTP/2 has them: together below, at and above one record, and what is sealed at a time.
+    let record = 16 << 10;
+    let table: [&[usize]; 7] = [
+        &[9, 100],
+        &[9, record - 9],
+        &[9, record - 8],
+        &[256, 64 << 10],
+        &[0, 9, 0, 90_000, 5],
+        &[100_000],
+        &[1; 300],
+    ];
+    for lengths in table {
+        let (mut sender, mut receiver) = tunnel().await;
+        let sending = async {
+            assert!(AsyncWrite::is_write_vectored(&sender));
+            let mut rest = bytes.as_slice();
+            while !rest.is_empty() {
+                let pieces = pieces(rest, lengths);
+                let written = sender.write_vectored(&pieces).await.unwrap();
+                let whole: usize = pieces.iter().map(|piece| piece.len()).sum();
+                assert!(written == whole || written >= 64 << 10, "{written}");
+                rest = rest.get(written..).unwrap();
+            }
+            sender.shutdown().await.unwrap();
+        };
+        let ((), received) = tokio::join!(sending, read_by(&mut receiver, 50_000));
+        assert!(received == bytes, "{lengths:?}");
+    }
+}
+
 #[tokio::test]
 async fn a_peer_may_change_its_keys() {
     let root = TestCa::root("root");
@@ -117,6 +163,7 @@ async fn a_stream_cut_short_is_an_error_not_an_end() {
     let error = server.read_to_end(&mut received).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::UnexpectedEof);
     assert_eq!(received, b"half a messa");
+    assert!(error.to_string().contains("was killed"), "{error}");
     let again = server.read(&mut [0; 8]).await.unwrap_err();
     assert_eq!(again.kind(), ErrorKind::UnexpectedEof);
 }
