@@ -15,7 +15,10 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use super::buffer::{Buffer, Size};
 
 /// Bytes that one way moves before other tasks get their turn.
-const BUDGET_BYTES: usize = 512 << 10;
+const BUDGET_BYTES: usize = 128 << 10;
+
+/// What may still go when a connection is aborted.
+const LAST_BYTES: usize = 512 << 10;
 
 /// Which side of a way failed.
 #[derive(Debug)]
@@ -152,7 +155,7 @@ impl<'a> Way<'a> {
         R: AsyncRead + Unpin,
         W: AsyncWrite + Unpin,
     {
-        for _ in 0..BUDGET_BYTES / (16 << 10) {
+        for _ in 0..LAST_BYTES / (16 << 10) {
             if self.state == WayState::Reading {
                 match self.fill(cx, reader) {
                     Ok(Fill::Bytes(_)) => self.state = WayState::Writing,

@@ -17,14 +17,12 @@ use super::{
     connection::{self, Replaced, Trust},
     link::{Abandoned, Link, Place},
     stream::HboneStream,
+    turns::InTurns,
 };
 use crate::{
     identity::{certificates::Certificates, spiffe::SpiffeId, workload_tls::WorkloadTls},
     lifecycle::Shutdown,
-    tunnel::{
-        TunnelStream,
-        connect::{self, TunnelError},
-    },
+    tunnel::connect::{self, TunnelError},
 };
 
 /// Whom to open a connection to, and for how long to try.
@@ -73,7 +71,7 @@ pub(super) async fn open(
             .max_header_list_size(connection::MAX_HEADERS)
             .max_send_buffer_size(connection::SEND_BUFFER)
             .data_frame_budget(connection::FRAME_BUDGET)
-            .handshake(stream)
+            .handshake(InTurns::from(stream))
             .await
             .map_err(TunnelError::Http2)?;
         let (link, abandoned) = Link::new();
@@ -95,7 +93,7 @@ pub(super) async fn open(
 
 /// Moves the bytes of one connection.
 pub(super) struct Driver {
-    connection: Connection<TunnelStream>,
+    connection: Connection<InTurns>,
     abandoned: Abandoned,
     trust: Trust,
 }
@@ -144,7 +142,7 @@ impl Driver {
 
 /// Moves bytes until the connection is closed. Cancel-safe.
 async fn moving(
-    connection: &mut Connection<TunnelStream>,
+    connection: &mut Connection<InTurns>,
     abandoned: &mut Abandoned,
 ) -> Result<(), h2::Error> {
     std::future::poll_fn(|cx| {

@@ -27,7 +27,7 @@ pub(super) const MAX_FRAME: u32 = 64 << 10;
 pub(super) const MAX_HEADERS: u32 = 16 << 10;
 
 /// Bytes of one stream that wait to be sealed and written.
-pub(super) const SEND_BUFFER: usize = 256 << 10;
+pub(super) const SEND_BUFFER: usize = 128 << 10;
 
 /// What unread frames may cost beyond their bytes, at 256 each. An application may well write single bytes to one
 /// that pauses, and the answer to too many of them is the end of the connection with all its streams.

@@ -11,6 +11,7 @@ use crate::catalog::model::Instance;
 
 mod link;
 pub mod stream;
+mod turns;
 mod connection;
 mod client;
 pub mod server;

@@ -17,12 +17,12 @@ use super::{
     connection::{self, Replaced, Trust},
     link::{Abandoned, Link, Place},
     stream::HboneStream,
+    turns::InTurns,
 };
 use crate::{
     identity::{certificates::Certificates, spiffe::SpiffeId, workload_tls::WorkloadTls},
     lifecycle::Shutdown,
     tunnel::{
-        TunnelStream,
         connect::{Incoming, TunnelError},
         tls,
     },
@@ -32,7 +32,7 @@ use crate::{
 pub struct Accepted {
     /// Who calls on every stream.
     pub peer: SpiffeId,
-    connection: Connection<TunnelStream, Bytes>,
+    connection: Connection<InTurns, Bytes>,
     trust: Trust,
 }
 
@@ -75,7 +75,7 @@ impl Accepted {
             .max_concurrent_streams(connection::MAX_STREAMS)
             .max_send_buffer_size(connection::SEND_BUFFER)
             .data_frame_budget(connection::FRAME_BUDGET)
-            .handshake(stream);
+            .handshake(InTurns::from(stream));
         let connection = tokio::time::timeout_at(deadline, handshake)
             .await
             .map_err(|_elapsed| TunnelError::HandshakeTimeout)?
@@ -141,7 +141,7 @@ impl Accepted {
 type Next = Option<Result<(Request<RecvStream>, SendResponse<Bytes>), h2::Error>>;
 
 /// The next stream; moves the bytes of all others meanwhile. Cancel-safe.
-async fn next(connection: &mut Connection<TunnelStream, Bytes>, abandoned: &mut Abandoned) -> Next {
+async fn next(connection: &mut Connection<InTurns, Bytes>, abandoned: &mut Abandoned) -> Next {
     std::future::poll_fn(|cx| {
         loop {
             if let Poll::Ready(next) = connection.poll_accept(cx) {

@@ -17,9 +17,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use super::link::{Link, Place};
 use crate::relay::Endpoint;
 
-/// The most that one write hands to HTTP/2. Larger pieces would make other streams wait, and allocations that the
-/// allocator asks the kernel for.
-const WRITE_BYTES: usize = 64 << 10;
+/// The most that one write hands to HTTP/2, which sends it as one frame. Larger ones make other streams wait; smaller ones
+/// cost more. Measured: docs/decisions/0025.
+const WRITE_BYTES: usize = 32 << 10;
 
 /// One application connection within a tunnel.
 ///

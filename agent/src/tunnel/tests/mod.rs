@@ -95,7 +95,7 @@ async fn meet(
 }
 
 /// An open tunnel from `web` to `db`.
-async fn tunnel() -> (TunnelStream, TunnelStream) {
+pub(super) async fn tunnel() -> (TunnelStream, TunnelStream) {
     let root = TestCa::root("root");
     let (web, db) = (id("web"), id("db"));
     let client = root.workload(&web, &[&root]);
