@@ -124,7 +124,8 @@ fn linker(
         return Ok(linker);
     }
     let prefix = PathBuf::from(format!("/usr/lib/llvm-{llvm}"));
-    if !prefix.join("bin/llvm-config").exists() {
+    // The programs of LLVM alone do not do: its headers and libraries are wanted.
+    if !prefix.join("include/llvm").exists() {
         let package = format!("llvm-{llvm}-dev");
         if !install || !is_root() {
             bail!("bpf-linker is built with Debian's {package}, which is missing: install it");
