@@ -18,7 +18,7 @@ pub(super) enum Size {
 }
 
 impl Size {
-    const fn bytes(self) -> usize {
+    pub(super) const fn bytes(self) -> usize {
         match self {
             Self::Small => 16 << 10,
             Self::Medium => 64 << 10,

@@ -4,10 +4,12 @@
 //! of stream in one direction ends that direction only, a reset is passed on as a reset. It looks at no
 //! byte, so protocols in which the server speaks first work at once. It decides nothing and logs nothing.
 //!
-//! `way` is one direction, `buffer` lends the memory it needs while bytes are on their way.
+//! `way` is one direction, `buffer` lends the memory it needs while bytes are on their way, `pipe` what takes bulk from
+//! one plain socket to another.
 
 mod way;
 mod buffer;
+mod pipe;
 
 use std::{
     future::Future,
@@ -45,6 +47,11 @@ pub trait Endpoint: AsyncRead + AsyncWrite + Unpin {
     /// killed process held. For connections whose peer could not tell such an end from one in order.
     fn reset_on_close(&mut self, _reset: bool) {}
 
+    /// The socket, if what it carries is what the application says, and nothing of it is kept elsewhere.
+    fn plain(&self) -> Option<&TcpStream> {
+        None
+    }
+
     /// The error that waits on the connection, taken without reading or writing (`SO_ERROR`).
     fn pending_error(&mut self) -> Option<io::Error> {
         None
@@ -64,6 +71,10 @@ impl Endpoint for TcpStream {
         if let Err(error) = SockRef::from(&*self).set_linger(linger) {
             tracing::debug!(error = %chain(&error), "reset on close not changed");
         }
+    }
+
+    fn plain(&self) -> Option<&TcpStream> {
+        Some(self)
     }
 
     fn pending_error(&mut self) -> Option<io::Error> {

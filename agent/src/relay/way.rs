@@ -10,9 +10,16 @@ use std::{
     task::{Context, Poll},
 };
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncWrite, ReadBuf},
+    net::TcpStream,
+};
 
-use super::buffer::{Buffer, Size};
+use super::{
+    Endpoint,
+    buffer::{Buffer, Size},
+    pipe::Pipe,
+};
 
 /// Bytes that one way moves before other tasks get their turn.
 const BUDGET_BYTES: usize = 128 << 10;
@@ -55,11 +62,54 @@ pub(super) struct Way<'a> {
     size: Size,
 }
 
+/// Bytes that are read and not written yet.
 #[derive(Debug)]
-struct Held {
-    buffer: Buffer,
-    written: usize,
-    filled: usize,
+enum Held {
+    Copied {
+        buffer: Buffer,
+        written: usize,
+        filled: usize,
+    },
+    /// Between two plain sockets.
+    Piped(Pipe),
+}
+
+impl Held {
+    fn is_empty(&self) -> bool {
+        match self {
+            Self::Copied {
+                written, filled, ..
+            } => written >= filled,
+            Self::Piped(pipe) => pipe.filled() == 0,
+        }
+    }
+
+    /// Writes some of it.
+    fn poll_write<W: Endpoint>(
+        &mut self,
+        cx: &mut Context<'_>,
+        writer: &mut W,
+    ) -> Poll<io::Result<usize>> {
+        match self {
+            Self::Copied {
+                buffer,
+                written,
+                filled,
+            } => {
+                let rest = buffer.as_slice().get(*written..*filled);
+                let poll = Pin::new(writer).poll_write(cx, rest.unwrap_or_default());
+                if let Poll::Ready(Ok(bytes)) = poll {
+                    *written += bytes;
+                }
+                poll
+            }
+            Self::Piped(pipe) => match writer.plain() {
+                Some(socket) => pipe.poll_drain(cx, socket),
+                // It was plain when the bytes were taken.
+                None => Poll::Ready(Err(io::ErrorKind::Unsupported.into())),
+            },
+        }
+    }
 }
 
 /// What one attempt to read brought.
@@ -111,8 +161,8 @@ impl<'a> Way<'a> {
         writer: &mut W,
     ) -> Result<(), Broken>
     where
-        R: AsyncRead + Unpin,
-        W: AsyncWrite + Unpin,
+        R: Endpoint,
+        W: Endpoint,
     {
         let mut budget = BUDGET_BYTES;
         loop {
@@ -134,7 +184,7 @@ impl<'a> Way<'a> {
                         return Ok(());
                     }
                 }
-                WayState::Reading => match self.fill(cx, reader)? {
+                WayState::Reading => match self.fill(cx, reader, writer)? {
                     Fill::Nothing => return self.poll_flush(cx, writer),
                     Fill::End => self.state = WayState::Ending,
                     Fill::Bytes(None) => self.state = WayState::Writing,
@@ -152,12 +202,12 @@ impl<'a> Way<'a> {
     /// Moves what can be moved at once, before the connection is aborted. No end of stream is passed on.
     pub(super) fn last_words<R, W>(&mut self, cx: &mut Context<'_>, reader: &mut R, writer: &mut W)
     where
-        R: AsyncRead + Unpin,
-        W: AsyncWrite + Unpin,
+        R: Endpoint,
+        W: Endpoint,
     {
         for _ in 0..LAST_BYTES / (16 << 10) {
             if self.state == WayState::Reading {
-                match self.fill(cx, reader) {
+                match self.fill(cx, reader, writer) {
                     Ok(Fill::Bytes(_)) => self.state = WayState::Writing,
                     Ok(Fill::Nothing | Fill::End) | Err(_) => break,
                 }
@@ -173,9 +223,46 @@ impl<'a> Way<'a> {
         let _failed = self.poll_flush(cx, writer);
     }
 
+    /// Takes what the reader has: without a copy if much comes, and neither side seals or opens it.
+    fn fill<R: Endpoint, W: Endpoint>(
+        &mut self,
+        cx: &mut Context<'_>,
+        reader: &mut R,
+        writer: &W,
+    ) -> Result<Fill, Broken> {
+        if self.size == Size::Large
+            && let (Some(socket), Some(_)) = (reader.plain(), writer.plain())
+            && let Some(pipe) = Pipe::take()
+        {
+            return self.fill_pipe(cx, socket, pipe);
+        }
+        self.fill_buffer(cx, reader)
+    }
+
+    fn fill_pipe(
+        &mut self,
+        cx: &mut Context<'_>,
+        socket: &TcpStream,
+        mut pipe: Pipe,
+    ) -> Result<Fill, Broken> {
+        match pipe.poll_fill(cx, socket) {
+            Poll::Pending => Ok(Fill::Nothing),
+            Poll::Ready(Ok(0)) => {
+                self.ended = true;
+                Ok(Fill::End)
+            }
+            Poll::Ready(Ok(filled)) => {
+                self.adapt(filled, Size::Large.bytes());
+                self.held = Some(Held::Piped(pipe));
+                Ok(Fill::Bytes(None))
+            }
+            Poll::Ready(Err(error)) => Err(Broken::Reader(error)),
+        }
+    }
+
     /// Reads until the buffer is full or the reader has nothing more at once, so that a writer that
     /// seals records gets whole ones.
-    fn fill<R: AsyncRead + Unpin>(
+    fn fill_buffer<R: Endpoint>(
         &mut self,
         cx: &mut Context<'_>,
         reader: &mut R,
@@ -202,7 +289,7 @@ impl<'a> Way<'a> {
         let filled = into.filled().len();
         if filled > 0 {
             self.adapt(filled, capacity);
-            self.held = Some(Held {
+            self.held = Some(Held::Copied {
                 buffer,
                 written: 0,
                 filled,
@@ -226,29 +313,23 @@ impl<'a> Way<'a> {
     }
 
     /// Writes what is held; ready with the bytes of this call when nothing is left.
-    fn poll_write<W: AsyncWrite + Unpin>(
+    fn poll_write<W: Endpoint>(
         &mut self,
         cx: &mut Context<'_>,
         writer: &mut W,
     ) -> Result<Poll<usize>, Broken> {
         let mut total = 0;
         while let Some(held) = &mut self.held {
-            let rest = held
-                .buffer
-                .as_slice()
-                .get(held.written..held.filled)
-                .unwrap_or_default();
-            if rest.is_empty() {
+            if held.is_empty() {
                 self.held = None;
                 break;
             }
-            match Pin::new(&mut *writer).poll_write(cx, rest) {
+            match held.poll_write(cx, writer) {
                 Poll::Pending => return Ok(Poll::Pending),
                 Poll::Ready(Ok(0)) => {
                     return Err(Broken::Writer(io::ErrorKind::WriteZero.into()));
                 }
                 Poll::Ready(Ok(bytes)) => {
-                    held.written += bytes;
                     total += bytes;
                     self.unflushed = true;
                     self.moved = true;

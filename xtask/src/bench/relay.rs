@@ -1,11 +1,16 @@
 //! `cargo xtask bench relay`: bytes, connections and round trips through two agents, printed as rows, while one works on
 //! them. `bench mesh` is the comparison.
 
-use std::{fs, net::SocketAddr, time::Duration};
+use std::{
+    fs,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result};
 use bpf_tests::{
     bench::machine::Busy,
+    lab::DEVICE,
     mesh::{Mesh, local, vip},
     services,
     wait::{SOON, Stopwatch},
@@ -14,6 +19,9 @@ use bpf_tests::{
 use serde_json::Value;
 
 use crate::progress::{Step, say, table};
+
+/// A second address of the called node, which stands for a host outside the mesh.
+const OUTSIDE: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 77, 0, 3));
 
 /// See [`super::Command::Relay`].
 #[derive(Debug, clap::Args)]
@@ -47,6 +55,8 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
     let mut mesh = Mesh::new("bench")?;
     let wire: SocketAddr = (mesh.lab.b.address(), 0).into();
     let at = |port| SocketAddr::new(wire.ip(), port);
+    mesh.lab.b.namespace().add_address(DEVICE, OUTSIDE)?;
+    let mut outside = vec![];
     for (index, mode, port) in [(1, "sink", 8081), (2, "echo", 8082)] {
         let place = mesh.place(mode, mode, Kind::Cgroup)?;
         mesh.register(mode, mode, vip(index, 80), local(port));
@@ -56,7 +66,16 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
         mesh.keep(services::peer(&place, mode, local(port), "")?);
         // The same without Sidestep: straight over the wire, in the clear.
         mesh.keep(services::peer(&place, mode, at(port), "")?);
+        // The same as a service outside the mesh: the calling node alone, in the clear.
+        mesh.keep(services::peer(&place, mode, (OUTSIDE, port).into(), "")?);
+        outside.push(format!(
+            "kind: service-defaults\nname: {mode}-outside\nprotocol: tcp\n\
+             destination: {{ addresses: [{OUTSIDE}], port: {port} }}\n"
+        ));
     }
+    mesh.lab
+        .catalog
+        .write("outside.yaml", &outside.join("---\n"))?;
     for instance in mesh.instances() {
         if instance.service.ends_with("-hbone") {
             instance.meta = vec![("sidestep-tunnel", "hbone")];
@@ -72,11 +91,13 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
     let sinks = [
         ("connect", vip(1, 80)),
         ("hbone", vip(3, 80)),
+        ("outside", (OUTSIDE, 8081).into()),
         ("direct", at(8081)),
     ];
     let echoes = [
         ("connect", vip(2, 80)),
         ("hbone", vip(4, 80)),
+        ("outside", (OUTSIDE, 8082).into()),
         ("direct", at(8082)),
     ];
     let subjects = [
@@ -115,7 +136,7 @@ struct Load {
     key: &'static str,
     unit: &'static str,
     scale: f64,
-    ways: [(&'static str, SocketAddr); 3],
+    ways: [(&'static str, SocketAddr); 4],
 }
 
 impl Load {
@@ -125,7 +146,7 @@ impl Load {
         key: &'static str,
         unit: &'static str,
         scale: f64,
-        ways: [(&'static str, SocketAddr); 3],
+        ways: [(&'static str, SocketAddr); 4],
     ) -> Self {
         Self {
             what,

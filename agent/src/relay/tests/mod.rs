@@ -15,6 +15,7 @@ use tokio::{
 
 use super::*;
 
+mod plain;
 mod scripted;
 
 /// For what must happen; generous, since the machine may be busy.
