@@ -155,7 +155,12 @@ pub(crate) fn apt_install(packages: &[&str], wanted: Wanted) -> Result<()> {
     let step = Step::begin(format!("installing {}", packages.join(", ")));
     let _lock = lock()?;
     let _quiet = ServicesStayOff::begin()?;
-    if wanted == Wanted::Newest || apt_get(&step, "install", packages).is_err() {
+    // If they cannot be updated, what they name may do all the same.
+    let updated = wanted == Wanted::Newest && apt_get(&step, "update", &[]).is_ok();
+    if let Err(error) = apt_get(&step, "install", packages) {
+        if updated {
+            return Err(error);
+        }
         apt_get(&step, "update", &[])?;
         apt_get(&step, "install", packages)?;
     }

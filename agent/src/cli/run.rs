@@ -7,7 +7,7 @@ use tokio::runtime::{self, Runtime};
 
 use super::{ConfigArgs, load_config, output};
 use crate::{
-    node, privileges,
+    node, privileges, relay,
     telemetry::log,
     workers::{WorkerThreads, Workers},
 };
@@ -35,7 +35,9 @@ pub(super) fn run(args: &RunArgs) -> ExitCode {
     match privileges::raise_open_files() {
         Ok(limit) => {
             // Two for each connection, in either direction.
-            let needed = u64::from(config.limits.max_connections).saturating_mul(4);
+            let needed = u64::from(config.limits.max_connections)
+                .saturating_mul(4)
+                .saturating_add(relay::PIPE_DESCRIPTORS);
             if limit < needed {
                 tracing::warn!(
                     limit,

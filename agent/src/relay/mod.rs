@@ -30,6 +30,9 @@ use tokio::{
 use crate::telemetry::log::chain;
 use way::{Broken, Way, WayState};
 
+/// How many descriptors pipes may take.
+pub const PIPE_DESCRIPTORS: u64 = 2 * pipe::MOST as u64;
+
 /// How often a side that nobody reads from is asked whether it was reset.
 ///
 /// A reset shows itself to whoever reads or writes. A side that has ended its stream, or whose bytes the

@@ -1,6 +1,6 @@
 //! One direction of a relay: read, write, flush, and pass the end of the stream on.
 //!
-//! A way holds at most one buffer and reads again only when that has been written, which is all the
+//! A way holds at most one buffer or pipe and reads again only when that has been written, which is all the
 //! back-pressure there is. [`super::relay`] joins two of them.
 
 use std::{
@@ -10,10 +10,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use tokio::{
-    io::{AsyncWrite, ReadBuf},
-    net::TcpStream,
-};
+use tokio::io::{AsyncWrite, ReadBuf};
 
 use super::{
     Endpoint,
@@ -21,11 +18,12 @@ use super::{
     pipe::Pipe,
 };
 
-/// Bytes that one way moves before other tasks get their turn.
+/// Bytes that one way moves before other tasks get their turn, looked at whenever a buffer is written: a large one alone is
+/// more.
 const BUDGET_BYTES: usize = 128 << 10;
 
-/// What may still go when a connection is aborted.
-const LAST_BYTES: usize = 512 << 10;
+/// Buffers that may still go when a connection is aborted.
+const LAST_BUFFERS: usize = 32;
 
 /// Which side of a way failed.
 #[derive(Debug)]
@@ -205,7 +203,7 @@ impl<'a> Way<'a> {
         R: Endpoint,
         W: Endpoint,
     {
-        for _ in 0..LAST_BYTES / (16 << 10) {
+        for _ in 0..LAST_BUFFERS {
             if self.state == WayState::Reading {
                 match self.fill(cx, reader, writer) {
                     Ok(Fill::Bytes(_)) => self.state = WayState::Writing,
@@ -232,32 +230,21 @@ impl<'a> Way<'a> {
     ) -> Result<Fill, Broken> {
         if self.size == Size::Large
             && let (Some(socket), Some(_)) = (reader.plain(), writer.plain())
-            && let Some(pipe) = Pipe::take()
+            && let Some(mut pipe) = Pipe::take()
         {
-            return self.fill_pipe(cx, socket, pipe);
+            match pipe.poll_fill(cx, socket) {
+                Poll::Pending => return Ok(Fill::Nothing),
+                // Nothing more, the end, or what a pipe does not take.
+                Poll::Ready(Ok(0)) => {}
+                Poll::Ready(Ok(filled)) => {
+                    self.adapt(filled, Size::Large.bytes());
+                    self.held = Some(Held::Piped(pipe));
+                    return Ok(Fill::Bytes(None));
+                }
+                Poll::Ready(Err(error)) => return Err(Broken::Reader(error)),
+            }
         }
         self.fill_buffer(cx, reader)
-    }
-
-    fn fill_pipe(
-        &mut self,
-        cx: &mut Context<'_>,
-        socket: &TcpStream,
-        mut pipe: Pipe,
-    ) -> Result<Fill, Broken> {
-        match pipe.poll_fill(cx, socket) {
-            Poll::Pending => Ok(Fill::Nothing),
-            Poll::Ready(Ok(0)) => {
-                self.ended = true;
-                Ok(Fill::End)
-            }
-            Poll::Ready(Ok(filled)) => {
-                self.adapt(filled, Size::Large.bytes());
-                self.held = Some(Held::Piped(pipe));
-                Ok(Fill::Bytes(None))
-            }
-            Poll::Ready(Err(error)) => Err(Broken::Reader(error)),
-        }
     }
 
     /// Reads until the buffer is full or the reader has nothing more at once, so that a writer that

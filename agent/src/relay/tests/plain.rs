@@ -69,27 +69,55 @@ async fn bulk_between_plain_sockets_goes_through_pipes_that_are_given_back() {
     assert!((1..=2).contains(&kept), "{kept}");
 }
 
+/// splice(2) does not go past urgent data, and takes what is behind it for the end of the stream.
 #[tokio::test]
-async fn a_stalled_transfer_that_is_cut_loses_its_pipe() {
-    let (client, mut downstream) = tcp_pair().await;
-    let (mut upstream, mut server) = tcp_pair().await;
-    let counts = Counts::default();
-    let filled = async {
-        // Until the sockets take no more, and the relay has some in hand.
-        let bytes = vec![1; 64 << 10];
-        let mut client = client;
-        while let Ok(written) = timeout(Duration::from_millis(300), client.write(&bytes)).await {
-            written.unwrap();
-        }
+async fn urgent_data_within_bulk_loses_nothing_behind_it() {
+    const PART: usize = 4 << 20;
+    let Ends {
+        client,
+        mut server,
+        relay,
+        ..
+    } = over_tcp(None, pending()).await;
+    let client = client.into_std().unwrap();
+    client.set_nonblocking(false).unwrap();
+    let sending = std::thread::spawn(move || {
+        use std::io::Write as _;
+        let socket = SockRef::from(&client);
+        (&client).write_all(&vec![1; PART]).unwrap();
+        socket.send_out_of_band(b"!").unwrap();
+        (&client).write_all(&vec![2; PART]).unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
         client
-    };
-    let mut client = None;
-    let cut = async { client = Some(filled.await) };
-    let end = relay(&mut downstream, &mut upstream, &counts, None, cut).await;
-    assert!(matches!(end, End::Cut), "{end:?}");
-    drop((downstream, upstream));
+    });
+    let received = timeout(SOON, read_rest(&mut server))
+        .await
+        .unwrap()
+        .unwrap();
+    let expected = [vec![1; PART], vec![2; PART]].concat();
+    assert!(received == expected, "{} bytes", received.len());
+    server.shutdown().await.unwrap();
+    let end = Ends::<TcpStream>::end(relay).await;
+    assert!(matches!(end, End::Finished), "{end:?}");
+    drop(sending.join().unwrap());
+}
+
+#[tokio::test]
+async fn a_reset_after_bulk_is_a_reset() {
+    const PART: usize = 4 << 20;
+    let Ends {
+        mut client,
+        mut server,
+        relay,
+        ..
+    } = over_tcp(None, pending()).await;
+    let bytes = vec![1; PART];
+    let mut received = vec![0; PART];
+    let (sent, _read) = tokio::join!(client.write_all(&bytes), server.read_exact(&mut received));
+    sent.unwrap();
+    reset(client);
     let read = timeout(SOON, read_rest(&mut server)).await.unwrap();
     assert_eq!(read.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
-    // The pipe that held bytes is closed; one that another fill gave back may be kept.
-    assert_eq!(Pipe::kept(), 0);
+    let end = Ends::<TcpStream>::end(relay).await;
+    assert!(matches!(end, End::DownstreamReset(_)), "{end:?}");
 }
