@@ -179,8 +179,10 @@ pub(super) fn an_upgrade_loses_no_query(size: Size) -> Result<Finding> {
     let completed = number(&said, "Queries completed:")?;
     let lost = number(&said, "Queries lost:")?;
     let right = said.contains("NOERROR") && !said.contains("SERVFAIL");
+    // Load went on meanwhile; how long an upgrade takes is no part of the claim.
+    let loaded = completed > if upgrades > 2 { 500.0 } else { 100.0 };
     Ok(Finding::new(
-        lost == 0.0 && completed > 500.0 && right,
+        lost == 0.0 && loaded && right,
         format!("{upgrades} upgrades: {completed} queries answered, {lost} lost"),
     ))
 }
