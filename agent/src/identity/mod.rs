@@ -11,6 +11,7 @@ pub mod spiffe;
 mod suites;
 pub mod certificates;
 pub mod workload_tls;
+mod sessions;
 pub mod verify;
 pub mod provider;
 pub mod pem;

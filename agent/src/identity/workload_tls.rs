@@ -29,6 +29,7 @@ use super::{
     clock::{Clock, TlsClock},
     pem,
     provider::{Leaf, TrustBundle},
+    sessions::Sessions,
     spiffe::SpiffeId,
     suites,
     verify::{ExpectedServer, PeerIdentityError, TrustDomainClients, certificate_identity},
@@ -52,7 +53,7 @@ pub struct WorkloadTls {
     resumed: Mutex<HashMap<Vec<CertificateDer<'static>>, SystemTime>>,
 }
 
-/// For so many peers and nodes sessions are kept. rustls keeps up to eight tickets for each name there.
+/// For so many peers and nodes sessions are kept.
 const MAX_CALLED: usize = 1024;
 
 impl WorkloadTls {
@@ -210,9 +211,8 @@ impl WorkloadTls {
         }
         let config = called.entry((expected.clone(), node)).or_insert_with(|| {
             let mut config = self.calling(&self.client, expected);
-            // The names that lead to one service at one node are few: its own, and those of its subsets.
-            config.resumption =
-                Resumption::in_memory_sessions(32).tls12_resumption(Tls12Resumption::Disabled);
+            config.resumption = Resumption::store(Arc::<Sessions>::default())
+                .tls12_resumption(Tls12Resumption::Disabled);
             Arc::new(config)
         });
         Arc::clone(config)

@@ -79,6 +79,38 @@ async fn the_second_tunnel_to_a_node_leaves_the_certificates_out() {
 }
 
 #[tokio::test]
+async fn calls_that_come_at_a_time_are_all_resumed() {
+    const AT_A_TIME: usize = 32;
+    let root = TestCa::root("root");
+    let client = root.workload(&id("web"), &[&root]);
+    let server = root.workload(&id("db"), &[&root]);
+    let node = Node::start().await;
+    let mut resumed = vec![];
+    for _ in 0..2 {
+        let mut opened = vec![];
+        // None of them has read its ticket before the last has begun.
+        for _ in 0..AT_A_TIME {
+            let open = Box::pin(open(node.address, &client, server.identity()));
+            let take = Box::pin(take(&node.listener, &server));
+            let (opener, taker) = tokio::join!(open, take);
+            opened.push((opener.unwrap(), taker.unwrap().0));
+        }
+        for (opener, taker) in &mut opened {
+            taker.write_all(b"x").await.unwrap();
+            taker.flush().await.unwrap();
+            opener.read_exact(&mut [0]).await.unwrap();
+        }
+        resumed.push(
+            opened
+                .iter()
+                .filter(|(opener, _)| opener.is_resumed())
+                .count(),
+        );
+    }
+    assert_eq!(resumed, [0, AT_A_TIME]);
+}
+
+#[tokio::test]
 async fn each_caller_each_peer_and_each_node_have_sessions_of_their_own() {
     let root = TestCa::root("root");
     let [web, cron, db, cache] =
