@@ -1,7 +1,7 @@
 //! Sessions of TLS 1.3 that a caller can resume with one peer.
 //!
-//! A ticket is used once, and each handshake brings one. rustls' own store keeps eight: of calls that come in tens at a time,
-//! one in eight then had to do without.
+//! A ticket is used once, and each handshake brings one. rustls' own store keeps eight, which
+//! run out where calls come in tens at a time.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -12,8 +12,7 @@ use rustls::{
 };
 use rustls_pki_types::ServerName;
 
-/// How many tickets are kept for each name. One takes some 2 KiB, and there are as many as handshakes were under way at a
-/// time.
+/// How many tickets are kept for each name. There are as many as handshakes were under way at a time.
 const TICKETS: usize = 32;
 
 /// For how many names: those that lead to one service at one node are few, its own and those of its subsets.

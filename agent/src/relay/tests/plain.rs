@@ -69,39 +69,6 @@ async fn bulk_between_plain_sockets_goes_through_pipes_that_are_given_back() {
     assert!((1..=2).contains(&kept), "{kept}");
 }
 
-/// splice(2) does not go past urgent data, and takes what is behind it for the end of the stream.
-#[tokio::test]
-async fn urgent_data_within_bulk_loses_nothing_behind_it() {
-    const PART: usize = 4 << 20;
-    let Ends {
-        client,
-        mut server,
-        relay,
-        ..
-    } = over_tcp(None, pending()).await;
-    let client = client.into_std().unwrap();
-    client.set_nonblocking(false).unwrap();
-    let sending = std::thread::spawn(move || {
-        use std::io::Write as _;
-        let socket = SockRef::from(&client);
-        (&client).write_all(&vec![1; PART]).unwrap();
-        socket.send_out_of_band(b"!").unwrap();
-        (&client).write_all(&vec![2; PART]).unwrap();
-        client.shutdown(std::net::Shutdown::Write).unwrap();
-        client
-    });
-    let received = timeout(SOON, read_rest(&mut server))
-        .await
-        .unwrap()
-        .unwrap();
-    let expected = [vec![1; PART], vec![2; PART]].concat();
-    assert!(received == expected, "{} bytes", received.len());
-    server.shutdown().await.unwrap();
-    let end = Ends::<TcpStream>::end(relay).await;
-    assert!(matches!(end, End::Finished), "{end:?}");
-    drop(sending.join().unwrap());
-}
-
 #[tokio::test]
 async fn a_reset_after_bulk_is_a_reset() {
     const PART: usize = 4 << 20;
