@@ -51,7 +51,7 @@ pub(super) struct MeshArguments {
     #[arg(long, value_name = "FILE")]
     against: Option<PathBuf>,
     /// Only these loads, separated by commas.
-    #[arg(long, value_delimiter = ',', value_parser = ["calls", "turns", "requests", "bulk"])]
+    #[arg(long, value_delimiter = ',', value_parser = ["calls", "turns", "requests", "bulk", "beside"])]
     loads: Vec<String>,
 }
 

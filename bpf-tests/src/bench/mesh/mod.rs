@@ -110,11 +110,13 @@ pub enum Load {
     Requests(u64),
     /// Bytes over so many connections.
     Bulk(u64),
+    /// Questions on one connection, while bytes go over so many others to the same service.
+    Beside(u64),
 }
 
 impl Load {
     /// All that is measured.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Calls(1),
         Self::Calls(32),
         Self::Turns(1),
@@ -124,6 +126,7 @@ impl Load {
         Self::Requests(32),
         Self::Bulk(1),
         Self::Bulk(8),
+        Self::Beside(8),
     ];
 }
 

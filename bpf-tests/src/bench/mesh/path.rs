@@ -114,6 +114,7 @@ impl Path {
             Load::Turns(bytes) => self.turns(bytes, time),
             Load::Requests(connections) => self.requests(connections, time),
             Load::Bulk(streams) => self.bulk(streams, time),
+            Load::Beside(streams) => self.beside(streams, time),
         }
     }
 
@@ -197,6 +198,25 @@ impl Path {
         Ok(vec![
             Sample::new(rate, "Gbit/s", number(&report, "per_second")? * 8e-9),
             Sample::new(cost, "s", busy / gigabytes),
+        ])
+    }
+
+    fn beside(&self, streams: u64, time: Duration) -> Result<Vec<Sample>> {
+        let report = self.ask(
+            &format!(
+                "beside {} {streams} {} 1024",
+                self.serve,
+                time.as_secs_f64()
+            ),
+            time,
+        )?;
+        let (p50, p99) = (
+            "round trip of 1 KiB beside 8 streams of bulk, p50",
+            "round trip of 1 KiB beside 8 streams of bulk, p99",
+        );
+        Ok(vec![
+            Sample::new(p50, "us", number(&report, "p50_us")?),
+            Sample::new(p99, "us", number(&report, "p99_us")?),
         ])
     }
 

@@ -48,6 +48,7 @@ usage: sidestep-peer MODE ARGUMENT...
   calls ADDRESS THREADS SECONDS    connect, ask a byte, close, timed
   turns ADDRESS THREADS SECONDS BYTES  ask over as many connections, timed
   bulk ADDRESS STREAMS SECONDS     send as fast as it goes, until all is read
+  beside ADDRESS STREAMS SECONDS BYTES  ask over one connection, timed, while others send as fast as it goes
   idle ADDRESS COUNT FILE          as many connections, used once, until FILE is gone
   until ADDRESS SECONDS            try to connect until that succeeds";
 
@@ -119,6 +120,12 @@ fn timed(arguments: &[&str]) -> Result<()> {
         ["bulk", address, streams, seconds] => {
             timed::bulk(parsed(address)?, parsed(streams)?, parsed(seconds)?)
         }
+        ["beside", address, streams, seconds, bytes] => timed::beside(
+            parsed(address)?,
+            parsed(streams)?,
+            parsed(seconds)?,
+            parsed(bytes)?,
+        ),
         ["idle", address, count, file] => timed::idle(parsed(address)?, parsed(count)?, file),
         ["until", address, seconds] => timed::until(parsed(address)?, parsed(seconds)?),
         _ => bail!("{USAGE}"),

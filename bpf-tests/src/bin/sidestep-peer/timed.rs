@@ -175,20 +175,24 @@ pub(crate) fn calls(address: SocketAddr, threads: u64, seconds: f64) -> Result<(
 
 /// Asks questions of `bytes` over a connection in each thread, over and over.
 pub(crate) fn turns(address: SocketAddr, threads: u64, seconds: f64, bytes: usize) -> Result<()> {
-    let report = over_time(threads, seconds, |_thread| {
-        let mut stream = TcpStream::connect(address)?;
-        prepare(&stream)?;
-        let question = vec![QUESTION; bytes];
-        let mut answer = vec![0; bytes];
-        // What a path does once for a connection is not what is timed.
+    say(over_time(threads, seconds, |_thread| {
+        asking(address, bytes)
+    })?)
+}
+
+/// Asks a question of `bytes` over a connection of its own, each time that it is called, and tells how long that took.
+fn asking(address: SocketAddr, bytes: usize) -> Result<impl FnMut() -> Result<Duration>> {
+    let mut stream = TcpStream::connect(address)?;
+    prepare(&stream)?;
+    let question = vec![QUESTION; bytes];
+    let mut answer = vec![0; bytes];
+    // What a path does once for a connection is not what is timed.
+    ask(&mut stream, &question, &mut answer)?;
+    Ok(move || {
+        let clock = Stopwatch::start();
         ask(&mut stream, &question, &mut answer)?;
-        Ok(move || {
-            let clock = Stopwatch::start();
-            ask(&mut stream, &question, &mut answer)?;
-            Ok(clock.elapsed())
-        })
-    })?;
-    say(report)
+        Ok(clock.elapsed())
+    })
 }
 
 fn prepare(stream: &TcpStream) -> Result<()> {
@@ -258,36 +262,69 @@ fn over_time<W: FnMut() -> Result<Duration>>(
 /// Sends over `streams` connections as fast as they take it, and waits until all of it was read.
 pub(crate) fn bulk(address: SocketAddr, streams: u64, seconds: f64) -> Result<()> {
     let time = seconds_of(seconds)?;
-    let over = AtomicBool::new(false);
     let clock = Stopwatch::start();
-    let bytes = thread::scope(|scope| -> Result<usize> {
-        let one = || -> Result<usize> {
-            let mut stream = TcpStream::connect(address)?;
-            let buffer = vec![0x5a; 64 * 1024];
-            let mut sent = 0;
-            while !over.load(Ordering::Relaxed) {
-                stream.write_all(&buffer)?;
-                sent += buffer.len();
-            }
-            stream.shutdown(Shutdown::Write)?;
-            stream.set_read_timeout(Some(PATIENCE))?;
-            // The server closes when it has read everything.
-            stream.read_to_end(&mut vec![])?;
-            Ok(sent)
-        };
-        let workers: Vec<_> = (0..streams).map(|_| scope.spawn(one)).collect();
+    let ((), bytes) = while_sending(address, streams, || {
         pause(time);
-        over.store(true, Ordering::Relaxed);
-        let mut bytes = 0;
-        for worker in workers {
-            bytes += worker
-                .join()
-                .map_err(|_panic| anyhow!("a thread panicked"))??;
-        }
-        Ok(bytes)
+        Ok(())
     })?;
     let per_second = as_float(bytes) / clock.elapsed().as_secs_f64();
     say(json!({ "bytes": bytes, "per_second": per_second }))
+}
+
+/// The same as [`turns`] on one connection, while `streams` others send as fast as they take it.
+pub(crate) fn beside(address: SocketAddr, streams: u64, seconds: f64, bytes: usize) -> Result<()> {
+    let (report, _) = while_sending(address, streams, || {
+        over_time(1, seconds, |_thread| asking(address, bytes))
+    })?;
+    say(report)
+}
+
+/// What `work` returns, done while `streams` connections send and have begun to, and how many bytes those sent in all.
+fn while_sending<T>(
+    address: SocketAddr,
+    streams: u64,
+    work: impl FnOnce() -> Result<T>,
+) -> Result<(T, usize)> {
+    let over = AtomicBool::new(false);
+    let all_begin = Barrier::new(usize::try_from(streams)? + 1);
+    thread::scope(|scope| {
+        let one = || send(address, &all_begin, &over);
+        let senders: Vec<_> = (0..streams).map(|_| scope.spawn(one)).collect();
+        all_begin.wait();
+        let done = work();
+        over.store(true, Ordering::Relaxed);
+        let mut bytes = 0;
+        for sender in senders {
+            bytes += sender
+                .join()
+                .map_err(|_panic| anyhow!("a thread panicked"))??;
+        }
+        Ok((done?, bytes))
+    })
+}
+
+/// Sends until it is `over`, and waits until all of it was read. Returns how much that was.
+fn send(address: SocketAddr, all_begin: &Barrier, over: &AtomicBool) -> Result<usize> {
+    let buffer = vec![0x5a; 64 * 1024];
+    let begin = || -> Result<TcpStream> {
+        let mut stream = TcpStream::connect(address)?;
+        stream.write_all(&buffer)?;
+        Ok(stream)
+    };
+    let begun = begin();
+    // Also if that failed: the others wait.
+    all_begin.wait();
+    let mut stream = begun?;
+    let mut sent = buffer.len();
+    while !over.load(Ordering::Relaxed) {
+        stream.write_all(&buffer)?;
+        sent += buffer.len();
+    }
+    stream.shutdown(Shutdown::Write)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    // The server closes when it has read everything.
+    stream.read_to_end(&mut vec![])?;
+    Ok(sent)
 }
 
 /// Opens `count` connections, uses each once, says `open` and keeps them until `file` is gone.
