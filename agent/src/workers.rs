@@ -6,11 +6,14 @@
 
 use std::{
     cell::Cell,
+    future::Future as _,
     io,
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    task::Context,
     thread::{self, JoinHandle},
 };
 
@@ -20,6 +23,10 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 /// By how many connections a worker must be ahead of another before that one gets the next: to hand it over wakes a
 /// thread, and one that comes as another ends is best off where that one was.
 const AHEAD: usize = 2;
+
+/// How many tasks a worker polls before it looks which sockets are ready. tokio's own is 61: what a connection asks that has
+/// little to say would wait for as many turns of those that move bulk. Measured: docs/decisions/0026.
+const POLLS_BETWEEN_LOOKS: u32 = 8;
 
 thread_local! {
     static HERE: Cell<Option<WorkerId>> = const { Cell::new(None) };
@@ -58,6 +65,14 @@ pub struct WorkerThreads {
     threads: Vec<JoinHandle<()>>,
 }
 
+/// For a task that could go on and has had its turn: has it polled again once the runtime has looked which sockets are
+/// ready, and after the tasks of those. Woken at once, it would be polled many times before.
+pub fn give_way(cx: &mut Context<'_>) {
+    let again = pin!(tokio::task::yield_now());
+    // Pending: it has taken the waker.
+    let _given = again.poll(cx);
+}
+
 impl Workers {
     /// Starts `count` of them, beside the runtime of what is no connection.
     ///
@@ -72,6 +87,7 @@ impl Workers {
         for index in 0..count {
             let runtime = Builder::new_current_thread()
                 .enable_all()
+                .event_interval(POLLS_BETWEEN_LOOKS)
                 .thread_name(format!("worker-{index}-aside"))
                 .build()?;
             all.push(Worker {
@@ -144,10 +160,19 @@ impl Drop for WorkerThreads {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::{sync::mpsc, time::Duration};
+pub(crate) mod tests {
+    use std::{
+        future::poll_fn,
+        sync::mpsc,
+        task::{Poll, Wake},
+        time::Duration,
+    };
 
-    use tokio::runtime::Runtime;
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::UnixStream,
+        runtime::Runtime,
+    };
 
     use super::*;
 
@@ -167,6 +192,25 @@ mod tests {
             assert_eq!(chosen, Some(WorkerId(expected)), "{carried:?} {here:?}");
         }
         assert_eq!(least_busy(std::iter::empty(), None), None);
+    }
+
+    /// Counts how often it is woken.
+    #[derive(Default)]
+    struct Wakes(AtomicUsize);
+
+    impl Wake for Wakes {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether `poll` asks to be polled again, but not before the runtime has looked which sockets are ready.
+    pub(crate) async fn gives_way(poll: impl FnOnce(&mut Context<'_>)) -> bool {
+        let wakes = Arc::<Wakes>::default();
+        poll(&mut Context::from_waker(&Arc::clone(&wakes).into()));
+        let before = wakes.0.load(Ordering::Relaxed);
+        tokio::task::yield_now().await;
+        before == 0 && wakes.0.load(Ordering::Relaxed) == 1
     }
 
     /// The runtime beside the workers.
@@ -198,6 +242,50 @@ mod tests {
         }));
         let ended = dropped.recv_timeout(Duration::from_secs(20));
         assert_eq!(ended, Err(mpsc::RecvTimeoutError::Disconnected));
+    }
+
+    const BUSY: usize = 4;
+
+    /// How many turns [`BUSY`] tasks that always could go on have, at most, while another waits for a socket that is ready.
+    fn turns_before_a_ready_socket(end_turn: fn(&mut Context<'_>)) -> usize {
+        const TRIES: usize = 50;
+        let beside = beside();
+        let (workers, _threads) = Workers::start(1, beside.handle().clone()).unwrap();
+        let worker = workers.in_turn();
+        let turns = Arc::new(AtomicUsize::new(0));
+        for _ in 0..BUSY {
+            let turns = Arc::clone(&turns);
+            drop(worker.spawn(poll_fn(move |cx| {
+                turns.fetch_add(1, Ordering::Relaxed);
+                end_turn(cx);
+                Poll::<()>::Pending
+            })));
+        }
+        let (told, longest) = mpsc::channel();
+        drop(worker.spawn(async move {
+            let (mut here, mut there) = UnixStream::pair().unwrap();
+            let mut longest = 0;
+            for _ in 0..TRIES {
+                there.write_all(&[1]).await.unwrap();
+                let before = turns.load(Ordering::Relaxed);
+                here.read_exact(&mut [0]).await.unwrap();
+                longest = longest.max(turns.load(Ordering::Relaxed) - before);
+            }
+            told.send(longest).unwrap();
+        }));
+        longest.recv_timeout(Duration::from_secs(20)).unwrap()
+    }
+
+    #[test]
+    fn who_gives_way_has_one_turn_before_others_whose_sockets_are_ready() {
+        let turns = turns_before_a_ready_socket(give_way);
+        assert!(turns <= BUSY, "{turns} turns of {BUSY} tasks");
+    }
+
+    #[test]
+    fn who_does_not_give_way_holds_up_others_for_some_turns_only() {
+        let turns = turns_before_a_ready_socket(|cx| cx.waker().wake_by_ref());
+        assert!(turns <= 16, "{turns} turns of {BUSY} tasks");
     }
 
     #[test]

@@ -17,6 +17,7 @@ use super::{
     buffer::{Buffer, Size},
     pipe::Pipe,
 };
+use crate::workers::give_way;
 
 /// Bytes that one way moves before other tasks get their turn, looked at whenever a buffer is written: a large one alone is
 /// more.
@@ -178,7 +179,7 @@ impl<'a> Way<'a> {
                     self.state = WayState::Reading;
                     budget = budget.saturating_sub(written);
                     if budget == 0 {
-                        cx.waker().wake_by_ref();
+                        give_way(cx);
                         return Ok(());
                     }
                 }

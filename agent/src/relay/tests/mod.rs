@@ -14,6 +14,7 @@ use tokio::{
 };
 
 use super::*;
+use crate::workers::tests::gives_way;
 
 mod plain;
 mod scripted;
@@ -486,6 +487,26 @@ fn relay_of_two_sockets_is_a_small_future() {
     };
     let bytes = size(&|d, u| relay(d, u, &COUNTS, None, ready(())));
     assert!(bytes <= 448, "{bytes} bytes per idle connection");
+}
+
+#[tokio::test]
+async fn bulk_gives_way_after_its_turn() {
+    const TOTAL: usize = 4 << 20;
+    let (mut client, mut downstream) = tokio::io::duplex(TOTAL);
+    let (mut upstream, _server) = tokio::io::duplex(TOTAL);
+    client.write_all(&vec![7; TOTAL]).await.unwrap();
+    let counts = Counts::default();
+    let mut relaying = pin!(relay(
+        &mut downstream,
+        &mut upstream,
+        &counts,
+        None,
+        pending()
+    ));
+    let turn = |cx: &mut Context<'_>| assert!(relaying.as_mut().poll(cx).is_pending());
+    assert!(gives_way(turn).await);
+    let (moved, _) = counts.snapshot();
+    assert!((64 << 10..512 << 10).contains(&moved), "{moved} bytes");
 }
 
 #[tokio::test]

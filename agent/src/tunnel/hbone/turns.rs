@@ -11,7 +11,7 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::tunnel::TunnelStream;
+use crate::{tunnel::TunnelStream, workers::give_way};
 
 /// What is read before the streams have their turn. Measured: docs/decisions/0025.
 const TURN_BYTES: usize = 64 << 10;
@@ -38,7 +38,7 @@ impl AsyncRead for InTurns {
     ) -> Poll<io::Result<()>> {
         if self.read >= TURN_BYTES {
             self.read = 0;
-            cx.waker().wake_by_ref();
+            give_way(cx);
             return Poll::Pending;
         }
         let before = into.filled().len();
@@ -88,7 +88,7 @@ mod tests {
     use tokio::io::AsyncWriteExt as _;
 
     use super::*;
-    use crate::tunnel::tests::tunnel;
+    use crate::{tunnel::tests::tunnel, workers::tests::gives_way};
 
     const BYTES: usize = 4 << 20;
 
@@ -126,5 +126,17 @@ mod tests {
         let longest = turns.iter().copied().max().unwrap_or_default();
         let rule = TURN_BYTES..TURN_BYTES + (16 << 10);
         assert!(rule.contains(&longest), "{turns:?}");
+    }
+
+    #[tokio::test]
+    async fn the_streams_have_their_turn_before_it_is_read_again() {
+        let (_sender, stream) = tunnel().await;
+        let read = TURN_BYTES;
+        let mut receiver = InTurns { stream, read };
+        let over = |cx: &mut Context<'_>| {
+            let read = Pin::new(&mut receiver).poll_read(cx, &mut ReadBuf::new(&mut [0]));
+            assert!(read.is_pending());
+        };
+        assert!(gives_way(over).await);
     }
 }
