@@ -16,5 +16,6 @@ test_claims! {
     requests
     new_connections
     faster_than_sidecars
+    beside_bulk
     memory
 }

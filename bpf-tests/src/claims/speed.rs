@@ -29,11 +29,12 @@ pub const TOPIC: Topic = Topic {
         self::capture_costs_less_than_rules: "capture by eBPF adds at most half as much to connect() as one service by iptables";
         self::capture_is_flat: "with 100,000 services connect() takes no more than 10 % longer than with one";
         self::others_pay_nothing: "a connect that is not captured takes at most 1.5 us longer";
-        self::bulk: "bytes: 0.30 of a direct connection's rate with one stream, 0.33 with 8, for 1.5 CPU seconds per GB at most";
-        self::requests: "requests over connections that stay: 0.40 of the direct rate with 32, 0.45 with one";
-        self::new_connections: "new connections with a byte each way: 0.30 of the direct rate with one client and under 8 times its time, 0.40 with 32";
-        self::faster_than_sidecars: "every rate is higher than by iptables and Envoy in the same run";
-        self::memory: "an idle agent takes 15 MiB, and an open idle connection 6 KiB on each node";
+        self::bulk: "bytes, by either tunnel: 0.30 of a direct connection's rate with one stream, 0.33 with 8, for 1.5 CPU seconds per GB at most";
+        self::requests: "requests over connections that stay, by hbone: 0.40 of the direct rate with 32, 0.45 with one";
+        self::new_connections: "new connections with a byte each way, by hbone: 0.30 of the direct rate with one client and under 8 times its time, 0.40 with 32";
+        self::faster_than_sidecars: "every rate is higher than by iptables and Envoy in the same run, by either tunnel";
+        self::beside_bulk: "a question beside 8 streams of bulk takes at most half as long as by iptables and Envoy, by either tunnel";
+        self::memory: "an idle agent takes 15 MiB, and by either tunnel an open idle connection 6 KiB on each node";
     },
 };
 
@@ -137,26 +138,35 @@ impl Measured {
         of(&self.recording, measure, &way.subject())
     }
 
-    fn ratio(&self, measure: &'static str) -> Result<f64> {
+    fn ratio(&self, measure: &'static str, way: Way) -> Result<f64> {
         let direct = self.of(measure, Way::Direct)?;
         ensure!(direct > 0.0, "nothing was done directly");
-        Ok(self.of(measure, Way::Hbone)? / direct)
+        Ok(self.of(measure, way)? / direct)
     }
 
     /// Whether the ratio to direct is at least `wanted`; at the small size a thousandth is enough.
-    fn reaches(&self, measure: &'static str, wanted: f64) -> Result<(bool, String)> {
-        let ratio = self.ratio(measure)?;
+    fn reaches(&self, measure: &'static str, way: Way, wanted: f64) -> Result<(bool, String)> {
+        let ratio = self.ratio(measure, way)?;
         let least = self.size.pick(0.001, wanted);
         let holds = ratio >= least;
-        Ok((holds, format!("{measure} {ratio:.2} (at least {least})")))
+        let figure = format!("{measure}, {} {ratio:.2} (at least {least})", way.name());
+        Ok((holds, figure))
     }
 
     /// Whether the figure is at most `wanted`; at the small size 100 times that.
-    fn within(&self, measure: &'static str, wanted: f64) -> Result<(bool, String)> {
-        let value = self.of(measure, Way::Hbone)?;
+    fn within(&self, measure: &'static str, way: Way, wanted: f64) -> Result<(bool, String)> {
+        let value = self.of(measure, way)?;
         let most = self.size.pick(wanted * 100.0, wanted);
         let holds = value <= most;
-        Ok((holds, format!("{measure} {value:.2} (at most {most})")))
+        let figure = format!("{measure}, {} {value:.2} (at most {most})", way.name());
+        Ok((holds, figure))
+    }
+
+    /// How much the figure is of Envoy's.
+    fn to_envoy(&self, measure: &'static str, way: Way) -> Result<f64> {
+        let envoy = self.of(measure, Way::Envoy)?;
+        ensure!(envoy > 0.0, "nothing was done through Envoy");
+        Ok(self.of(measure, way)? / envoy)
     }
 }
 
@@ -166,33 +176,38 @@ fn all(parts: Vec<(bool, String)>) -> Finding {
     Finding::new(holds, figures.join("; "))
 }
 
-const STRAIGHT: [Way; 2] = [Way::Direct, Way::Hbone];
+const TUNNELS: [Way; 2] = [Way::Connect, Way::Hbone];
 
 fn bulk(size: Size) -> Result<Finding> {
-    let it = Measured::new(size, &STRAIGHT, &[Load::Bulk(1), Load::Bulk(8)])?;
-    Ok(all(vec![
-        it.reaches("bulk, 1 stream", 0.30)?,
-        it.reaches("bulk, 8 streams", 0.33)?,
-        it.within("processor time per GB, 1 stream", 1.5)?,
-        it.within("processor time per GB, 8 streams", 1.5)?,
-    ]))
+    let ways = [Way::Direct, Way::Connect, Way::Hbone];
+    let it = Measured::new(size, &ways, &[Load::Bulk(1), Load::Bulk(8)])?;
+    let mut parts = vec![];
+    for way in TUNNELS {
+        parts.push(it.reaches("bulk, 1 stream", way, 0.30)?);
+        parts.push(it.reaches("bulk, 8 streams", way, 0.33)?);
+        parts.push(it.within("processor time per GB, 1 stream", way, 1.5)?);
+        parts.push(it.within("processor time per GB, 8 streams", way, 1.5)?);
+    }
+    Ok(all(parts))
 }
 
 fn requests(size: Size) -> Result<Finding> {
-    let it = Measured::new(size, &STRAIGHT, &[Load::Requests(1), Load::Requests(32)])?;
+    let (ways, way) = ([Way::Direct, Way::Hbone], Way::Hbone);
+    let it = Measured::new(size, &ways, &[Load::Requests(1), Load::Requests(32)])?;
     Ok(all(vec![
-        it.reaches("requests per second, 32 connections", 0.40)?,
-        it.reaches("requests per second, 1 connection", 0.45)?,
+        it.reaches("requests per second, 32 connections", way, 0.40)?,
+        it.reaches("requests per second, 1 connection", way, 0.45)?,
     ]))
 }
 
 fn new_connections(size: Size) -> Result<Finding> {
-    let it = Measured::new(size, &STRAIGHT, &[Load::Calls(1), Load::Calls(32)])?;
-    let times = it.ratio("new connection with a byte each way, 1 client, p50")?;
+    let (ways, way) = ([Way::Direct, Way::Hbone], Way::Hbone);
+    let it = Measured::new(size, &ways, &[Load::Calls(1), Load::Calls(32)])?;
+    let times = it.ratio("new connection with a byte each way, 1 client, p50", way)?;
     let most = size.pick(10_000.0, 8.0);
     Ok(all(vec![
-        it.reaches("new connections per second, 1 client", 0.30)?,
-        it.reaches("new connections per second, 32 clients", 0.40)?,
+        it.reaches("new connections per second, 1 client", way, 0.30)?,
+        it.reaches("new connections per second, 32 clients", way, 0.40)?,
         (
             times < most,
             format!("{times:.1} times the time of one (below {most})"),
@@ -201,10 +216,17 @@ fn new_connections(size: Size) -> Result<Finding> {
 }
 
 fn faster_than_sidecars(size: Size) -> Result<Finding> {
-    let ways = [Way::Hbone, Way::Envoy];
+    let ways = [Way::Connect, Way::Hbone, Way::Envoy];
     let loads = match size {
         Size::Quick => vec![Load::Calls(1)],
-        Size::Full => Load::ALL.to_vec(),
+        Size::Full => vec![
+            Load::Calls(1),
+            Load::Calls(32),
+            Load::Requests(1),
+            Load::Requests(32),
+            Load::Bulk(1),
+            Load::Bulk(8),
+        ],
     };
     let it = Measured::new(size, &ways, &loads)?;
     let rates = [
@@ -220,21 +242,44 @@ fn faster_than_sidecars(size: Size) -> Result<Finding> {
     let least = size.pick(0.01, 1.0);
     let mut parts = vec![];
     for measure in rates.into_iter().take(measured) {
-        let ratio = it.of(measure, Way::Hbone)? / it.of(measure, Way::Envoy)?;
+        for way in TUNNELS {
+            let ratio = it.to_envoy(measure, way)?;
+            let name = way.name();
+            parts.push((
+                ratio >= least,
+                format!("{measure}, {name} {ratio:.2} times Envoy's (at least {least})"),
+            ));
+        }
+    }
+    Ok(all(parts))
+}
+
+fn beside_bulk(size: Size) -> Result<Finding> {
+    let ways = [Way::Connect, Way::Hbone, Way::Envoy];
+    let it = Measured::new(size, &ways, &[Load::Beside(8)])?;
+    // As above.
+    let most = size.pick(10.0, 0.5);
+    let mut parts = vec![];
+    for way in TUNNELS {
+        let ratio = it.to_envoy("round trip of 1 KiB beside 8 streams of bulk, p50", way)?;
+        let name = way.name();
         parts.push((
-            ratio >= least,
-            format!("{measure} {ratio:.2} times Envoy's (at least {least})"),
+            ratio <= most,
+            format!("p50, {name} {ratio:.2} times Envoy's (at most {most})"),
         ));
     }
     Ok(all(parts))
 }
 
 fn memory(size: Size) -> Result<Finding> {
-    let it = Measured::new(size, &[Way::Hbone], &[])?;
-    Ok(all(vec![
-        it.within("memory while idle, calling node", 15.0)?,
-        it.within("memory while idle, called node", 15.0)?,
-        it.within("memory per idle connection, calling node", 6.0)?,
-        it.within("memory per idle connection, called node", 6.0)?,
-    ]))
+    let it = Measured::new(size, &TUNNELS, &[])?;
+    let mut parts = vec![
+        it.within("memory while idle, calling node", Way::Hbone, 15.0)?,
+        it.within("memory while idle, called node", Way::Hbone, 15.0)?,
+    ];
+    for way in TUNNELS {
+        parts.push(it.within("memory per idle connection, calling node", way, 6.0)?);
+        parts.push(it.within("memory per idle connection, called node", way, 6.0)?);
+    }
+    Ok(all(parts))
 }
