@@ -24,8 +24,9 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 /// thread, and one that comes as another ends is best off where that one was.
 const AHEAD: usize = 2;
 
-/// How many tasks a worker polls before it looks which sockets are ready. tokio's own is 61: what a connection asks that has
-/// little to say would wait for as many turns of those that move bulk. Measured: docs/decisions/0026.
+/// How many tasks a worker polls before it looks which sockets are ready, and what other threads have for it. tokio's own
+/// are 61 and 31: tasks that wake each other and do not give way would hold up small questions for as many polls.
+/// Measured: docs/decisions/0026.
 const POLLS_BETWEEN_LOOKS: u32 = 8;
 
 thread_local! {
@@ -65,8 +66,8 @@ pub struct WorkerThreads {
     threads: Vec<JoinHandle<()>>,
 }
 
-/// For a task that could go on and has had its turn: has it polled again once the runtime has looked which sockets are
-/// ready, and after the tasks of those. Woken at once, it would be polled many times before.
+/// For a task that could go on and has had its turn: has it polled again once its worker has looked which sockets are
+/// ready. Woken at once, it would be polled many times before.
 pub fn give_way(cx: &mut Context<'_>) {
     let again = pin!(tokio::task::yield_now());
     // Pending: it has taken the waker.
@@ -88,6 +89,7 @@ impl Workers {
             let runtime = Builder::new_current_thread()
                 .enable_all()
                 .event_interval(POLLS_BETWEEN_LOOKS)
+                .global_queue_interval(POLLS_BETWEEN_LOOKS)
                 .thread_name(format!("worker-{index}-aside"))
                 .build()?;
             all.push(Worker {
@@ -246,11 +248,10 @@ pub(crate) mod tests {
 
     const BUSY: usize = 4;
 
-    /// How many turns [`BUSY`] tasks that always could go on have, at most, while another waits for a socket that is ready.
-    fn turns_before_a_ready_socket(end_turn: fn(&mut Context<'_>)) -> usize {
-        const TRIES: usize = 50;
+    /// A worker with [`BUSY`] tasks that always could go on and end their turns so, and how many they have had.
+    fn busy_worker(end_turn: fn(&mut Context<'_>)) -> (Handle, Arc<AtomicUsize>, impl Drop) {
         let beside = beside();
-        let (workers, _threads) = Workers::start(1, beside.handle().clone()).unwrap();
+        let (workers, threads) = Workers::start(1, beside.handle().clone()).unwrap();
         let worker = workers.in_turn();
         let turns = Arc::new(AtomicUsize::new(0));
         for _ in 0..BUSY {
@@ -261,6 +262,13 @@ pub(crate) mod tests {
                 Poll::<()>::Pending
             })));
         }
+        (worker, turns, threads)
+    }
+
+    /// How many turns they have, at most, while another task waits for a socket that is ready.
+    fn turns_before_a_ready_socket(end_turn: fn(&mut Context<'_>)) -> usize {
+        const TRIES: usize = 50;
+        let (worker, turns, _threads) = busy_worker(end_turn);
         let (told, longest) = mpsc::channel();
         drop(worker.spawn(async move {
             let (mut here, mut there) = UnixStream::pair().unwrap();
@@ -268,7 +276,8 @@ pub(crate) mod tests {
             for _ in 0..TRIES {
                 there.write_all(&[1]).await.unwrap();
                 let before = turns.load(Ordering::Relaxed);
-                here.read_exact(&mut [0]).await.unwrap();
+                // With room for more, so that the next read waits.
+                assert_eq!(here.read(&mut [0; 2]).await.unwrap(), 1);
                 longest = longest.max(turns.load(Ordering::Relaxed) - before);
             }
             told.send(longest).unwrap();
@@ -286,6 +295,22 @@ pub(crate) mod tests {
     fn who_does_not_give_way_holds_up_others_for_some_turns_only() {
         let turns = turns_before_a_ready_socket(|cx| cx.waker().wake_by_ref());
         assert!(turns <= 16, "{turns} turns of {BUSY} tasks");
+    }
+
+    #[test]
+    fn a_connection_handed_over_waits_for_some_turns_only() {
+        let (worker, turns, _threads) = busy_worker(|cx| cx.waker().wake_by_ref());
+        let (told, waited) = mpsc::channel();
+        let inner = worker.clone();
+        drop(worker.spawn(async move {
+            // Handed over while this worker stands still, so that turns are counted from a known one on.
+            let before = turns.load(Ordering::Relaxed);
+            let handed_over = async move { told.send(turns.load(Ordering::Relaxed) - before) };
+            let other = thread::spawn(move || drop(inner.spawn(handed_over)));
+            other.join().unwrap();
+        }));
+        let waited = waited.recv_timeout(Duration::from_secs(20)).unwrap();
+        assert!(waited <= 16, "{waited} turns of {BUSY} tasks");
     }
 
     #[test]
