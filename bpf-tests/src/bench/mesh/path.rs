@@ -214,9 +214,16 @@ impl Path {
             "round trip of 1 KiB beside 8 streams of bulk, p50",
             "round trip of 1 KiB beside 8 streams of bulk, p99",
         );
+        let part = |name: &str| {
+            let part = report.get(name);
+            part.with_context(|| format!("nothing {name} in {report}"))
+        };
+        let (asked, sent) = (part("asked")?, part("sent")?);
+        let rate = "bulk, 8 streams, beside a question";
         Ok(vec![
-            Sample::new(p50, "us", number(&report, "p50_us")?),
-            Sample::new(p99, "us", number(&report, "p99_us")?),
+            Sample::new(p50, "us", number(asked, "p50_us")?),
+            Sample::new(p99, "us", number(asked, "p99_us")?),
+            Sample::new(rate, "Gbit/s", number(sent, "per_second")? * 8e-9),
         ])
     }
 

@@ -262,45 +262,50 @@ fn over_time<W: FnMut() -> Result<Duration>>(
 /// Sends over `streams` connections as fast as they take it, and waits until all of it was read.
 pub(crate) fn bulk(address: SocketAddr, streams: u64, seconds: f64) -> Result<()> {
     let time = seconds_of(seconds)?;
-    let clock = Stopwatch::start();
-    let ((), bytes) = while_sending(address, streams, || {
+    let ((), sent) = while_sending(address, streams, || {
         pause(time);
         Ok(())
     })?;
-    let per_second = as_float(bytes) / clock.elapsed().as_secs_f64();
-    say(json!({ "bytes": bytes, "per_second": per_second }))
+    say(sent)
 }
 
 /// The same as [`turns`] on one connection, while `streams` others send as fast as they take it.
 pub(crate) fn beside(address: SocketAddr, streams: u64, seconds: f64, bytes: usize) -> Result<()> {
-    let (report, _) = while_sending(address, streams, || {
+    let (asked, sent) = while_sending(address, streams, || {
         over_time(1, seconds, |_thread| asking(address, bytes))
     })?;
-    say(report)
+    say(json!({ "asked": asked, "sent": sent }))
 }
 
-/// What `work` returns, done while `streams` connections send and have begun to, and how many bytes those sent in all.
+/// What `work` returns, done while `streams` connections send and have begun to, and what those sent until all of it was
+/// read.
 fn while_sending<T>(
     address: SocketAddr,
     streams: u64,
     work: impl FnOnce() -> Result<T>,
-) -> Result<(T, usize)> {
+) -> Result<(T, Value)> {
+    let clock = Stopwatch::start();
     let over = AtomicBool::new(false);
     let all_begin = Barrier::new(usize::try_from(streams)? + 1);
-    thread::scope(|scope| {
+    let (done, sent) = thread::scope(|scope| {
         let one = || send(address, &all_begin, &over);
         let senders: Vec<_> = (0..streams).map(|_| scope.spawn(one)).collect();
         all_begin.wait();
         let done = work();
         over.store(true, Ordering::Relaxed);
-        let mut bytes = 0;
-        for sender in senders {
-            bytes += sender
-                .join()
-                .map_err(|_panic| anyhow!("a thread panicked"))??;
-        }
-        Ok((done?, bytes))
-    })
+        let sent = || -> Result<usize> {
+            senders.into_iter().try_fold(0, |sum, sender| {
+                let sent = sender.join();
+                Ok(sum + sent.map_err(|_panic| anyhow!("a thread panicked"))??)
+            })
+        };
+        (done, sent())
+    });
+    // What failed first, most likely: senders wait for whatever `work` waited for.
+    let done = done?;
+    let bytes = sent?;
+    let per_second = as_float(bytes) / clock.elapsed().as_secs_f64();
+    Ok((done, json!({ "bytes": bytes, "per_second": per_second })))
 }
 
 /// Sends until it is `over`, and waits until all of it was read. Returns how much that was.
