@@ -72,3 +72,20 @@ impl ClientSessionStore for Sessions {
         self.0.lock().get_mut(name)?.tickets.pop_back()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_with_ever_new_names_is_not_kept_for_all_of_them() {
+        let sessions = Sessions::default();
+        let name = |number: usize| ServerName::try_from(format!("v{number}.example.org")).unwrap();
+        for number in 0..NAMES * 10 {
+            sessions.set_kx_hint(name(number), NamedGroup::X25519);
+            assert!(sessions.kx_hint(&name(number)).is_some(), "{number}");
+        }
+        let known = (0..NAMES * 10).filter(|number| sessions.kx_hint(&name(*number)).is_some());
+        assert!(known.count() <= NAMES);
+    }
+}

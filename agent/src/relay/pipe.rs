@@ -174,28 +174,19 @@ impl Drop for Pipe {
 
 #[cfg(test)]
 mod tests {
-    use std::{future::poll_fn, time::Duration};
+    use std::future::poll_fn;
 
-    use tokio::{
-        io::{AsyncReadExt as _, AsyncWriteExt as _},
-        net::TcpListener,
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::{
+        super::tests::{SOON, tcp_pair},
+        *,
     };
-
-    use super::*;
-
-    const SOON: Duration = Duration::from_secs(20);
-
-    async fn pair() -> (TcpStream, TcpStream) {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let (dialled, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
-        (dialled.unwrap(), accepted.unwrap().0)
-    }
 
     #[tokio::test]
     async fn only_an_empty_pipe_is_lent_again() {
-        let (mut sender, from) = pair().await;
-        let (into, mut receiver) = pair().await;
+        let (mut sender, from) = tcp_pair().await;
+        let (into, mut receiver) = tcp_pair().await;
         sender.write_all(b"bytes").await.unwrap();
         let mut pipe = Pipe::take().unwrap();
         let filled = poll_fn(|cx| pipe.poll_fill(cx, &from)).await.unwrap();
@@ -217,7 +208,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_behind_urgent_data_is_left_to_recv_and_not_waited_for() {
-        let (mut sender, mut from) = pair().await;
+        let (mut sender, mut from) = tcp_pair().await;
         sender.write_all(b"before").await.unwrap();
         socket2::SockRef::from(&sender)
             .send_out_of_band(b"!")

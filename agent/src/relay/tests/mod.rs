@@ -20,7 +20,7 @@ mod plain;
 mod scripted;
 
 /// For what must happen; generous, since the machine may be busy.
-const SOON: Duration = Duration::from_secs(20);
+pub(super) const SOON: Duration = Duration::from_secs(20);
 
 /// The applications' ends of a relayed connection.
 struct Ends<S> {
@@ -36,7 +36,7 @@ impl<S> Ends<S> {
     }
 }
 
-async fn tcp_pair() -> (TcpStream, TcpStream) {
+pub(super) async fn tcp_pair() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (dialled, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());

@@ -17,8 +17,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use super::link::{Link, Place};
 use crate::relay::Endpoint;
 
-/// The most that one write hands to HTTP/2, which sends it as one frame if the peer takes such. Larger ones make other streams wait; smaller ones
-/// cost more. Measured: docs/decisions/0025.
+/// The most that one write hands to HTTP/2, which sends it as one frame if the peer takes such. Larger ones make other
+/// streams wait; smaller ones cost more. Measured: docs/decisions/0025.
 const WRITE_BYTES: usize = 32 << 10;
 
 /// One application connection within a tunnel.
